@@ -1,0 +1,1 @@
+"""Model compression for JAX: pure function transforms over parameter pytrees."""

@@ -1,0 +1,439 @@
+"""The contract of a compressed leaf: what stands in a parameter pytree for an array.
+
+A leaf is a frozen dataclass of arrays (its *components*) and static settings,
+registered as a pytree. Everything above this file - transforms, `lift`, `io`,
+`report` - knows only the class `Leaf`; a family adds a method by writing a leaf.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_C = TypeVar("_C", bound=type)
+
+WEIGHT, STEP, GATE, CODEBOOK, FROZEN = "weight", "step", "gate", "codebook", "frozen"
+ROLES = (WEIGHT, STEP, GATE, CODEBOOK, FROZEN)
+
+LEAF_TYPES: dict[str, type[Leaf]] = {}
+"""Every leaf class by name; `io` writes the name and looks it up again."""
+
+STATIC_TYPES: dict[str, type] = {}
+"""Every dataclass that may stand in a leaf's static settings, by name, for `io`."""
+
+
+def component(*, role: str, default: Any = dataclasses.MISSING) -> Any:
+    """Declare an array field, or a field that may itself be a leaf.
+
+    Args:
+      role: What training may do with it: ``"weight"`` (trained and decayed),
+        ``"step"``, ``"gate"``, ``"codebook"`` (trained, not decayed) or
+        ``"frozen"`` (never trained).
+      default: Value when the field is not given; only ``None`` makes sense.
+    """
+    assert role in ROLES, role
+    return dataclasses.field(default=default, metadata={"role": role})
+
+
+def static(*, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a hashable setting, compared when JAX compares tree structures."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(component, static),
+)
+def leaf_type(cls: _C) -> _C:
+    """Freeze a `Leaf` class, register it as a pytree and enter it in `LEAF_TYPES`."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
+    fields = dataclasses.fields(cls)
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if "role" in f.metadata],
+        meta_fields=[f.name for f in fields if "static" in f.metadata],
+    )
+    LEAF_TYPES[cls.__name__] = cls
+    return cls
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def static_type(cls: _C) -> _C:
+    """Freeze a dataclass of settings and enter it in `STATIC_TYPES`, for `io`."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[assignment]
+    STATIC_TYPES[cls.__name__] = cls
+    return cls
+
+
+class Ran(NamedTuple):
+    """What a leaf's rule returns: the value, and how it ran (for `explain`)."""
+
+    out: jax.Array
+    how: str
+
+
+@static_type
+class Transpose:
+    """Layout operation: reorder the logical axes, as `jnp.transpose`."""
+
+    permutation: tuple[int, ...]
+
+
+@static_type
+class Reshape:
+    """Layout operation: give the same elements another logical shape."""
+
+    shape: tuple[int, ...]
+
+
+@static_type
+class Cast:
+    """Layout operation: `materialize` in another floating dtype."""
+
+    dtype: np.dtype
+
+
+LayoutOp = Transpose | Reshape | Cast
+
+
+class Leaf(abc.ABC):
+    """A compressed array: logical `shape` and `dtype`, and the buffers it is stored in.
+
+    Shape and packing are derived from the components relative to their *last*
+    axes, so that a leaf stacked on leading axes can be sliced by `jax.lax.scan`,
+    mapped by `jax.vmap` and sharded, and is a leaf again.
+
+    A method that cannot do what is asked returns ``NotImplemented``; the caller
+    then materializes, and says so. No method validates in ``__post_init__``: JAX
+    rebuilds nodes with placeholders.
+    """
+
+    preserves_zeros: ClassVar[bool] = False
+    """Whether a zero weight comes back as an exact zero."""
+
+    # -- what every leaf defines
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the array the leaf stands for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """Logical dtype: that of `materialize()`."""
+
+    @property
+    @abc.abstractmethod
+    def method(self) -> str:
+        """What was done, in the field's terms: ``"int4 g128"``, for reports."""
+
+    @abc.abstractmethod
+    def materialize(self) -> jax.Array:
+        """The dense array, of `shape` and `dtype`."""
+
+    # -- what a leaf may define
+
+    def values(self) -> tuple[Any, ...]:
+        """The float arrays (or leaves) that a later transform in a chain may act on."""
+        return ()
+
+    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
+        """The leaf with `f` applied to each of `values()`, keeping its structure.
+
+        Raises:
+          OrderError: If nothing may follow this leaf (its values are on a grid).
+        """
+        raise OrderError(
+            f"{self.method} fixes the value of every weight, so a later transform "
+            "would undo it; chain structure first (low rank, hashing), then masks, "
+            "then clusters or grids."
+        )
+
+    def relayout(self, op: LayoutOp) -> Leaf:
+        """The leaf seen through a layout operation, or ``NotImplemented``."""
+        del op
+        return NotImplemented
+
+    def stacked(self, ndim: int) -> Leaf:
+        """The same leaf with the first `ndim` logical axes leading every component.
+
+        Such a leaf can be sliced, indexed or scanned component by component.
+        Returns ``NotImplemented`` where the storage does not allow it.
+        """
+        del ndim
+        return NotImplemented
+
+    def dot_general(
+        self,
+        x: jax.Array,
+        dimension_numbers: Any,
+        *,
+        leaf_is_lhs: bool,
+        **params: Any,
+    ) -> Ran:
+        """`jax.lax.dot_general` of ``x`` and this leaf (in the order said)."""
+        return dense_dot_general(
+            self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+        )
+
+    def prepare_activations(self, x: jax.Array) -> jax.Array:
+        """What the leaf makes of the other operand of a convolution or ragged dot.
+
+        The identity, unless the leaf quantizes activations.
+        """
+        return x
+
+    def component_specs(self, spec: Sequence[Any], sizes: dict[Any, int]) -> Self:
+        """`PartitionSpec` of every component, from that of the logical array.
+
+        Args:
+          spec: One entry a logical axis (mesh axis name, tuple of names or None).
+          sizes: Size of each mesh axis.
+
+        Raises:
+          ValueError: If a packed or grouped axis would be cut inside a word or group.
+        """
+        del spec, sizes
+        raise ValueError(
+            f"{type(self).__name__}: this leaf cannot be sharded; replicate it."
+        )
+
+    # -- what follows
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the real buffers: words, scales, masks, everything."""
+        return sum(_nbytes(a) for a in jax.tree.leaves(self))
+
+    def components(self) -> dict[str, tuple[Any, str]]:
+        """The array fields: name to (value, role); absent ones are left out."""
+        return {
+            f.name: (getattr(self, f.name), f.metadata["role"])
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if "role" in f.metadata and getattr(self, f.name) is not None
+        }
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method}, {self.dtype}{list(self.shape)})"
+
+    def _no_arithmetic(self, *_: Any) -> Any:
+        raise TypeError(
+            f"{self!r} is a compressed leaf, not an array: pass it as an argument of a "
+            "lifted function (jaxcompress.lift), or call jaxcompress.materialize on it."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_arithmetic
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _no_arithmetic
+    __neg__ = __pow__ = __rpow__ = __getitem__ = __array__ = _no_arithmetic
+    __iter__ = None  # type: ignore[assignment]
+
+
+class OrderError(ValueError):
+    """A chain whose later transform would undo an earlier one."""
+
+
+def _nbytes(a: Any) -> int:
+    return math.prod(a.shape) * np.dtype(a.dtype).itemsize
+
+
+def map_value(f: Callable[[jax.Array], jax.Array | Leaf], value: Any) -> Any:
+    """`f` of an array, or of the values inside a leaf."""
+    return value.map_values(f) if isinstance(value, Leaf) else f(value)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether `x` is a compressed leaf; the `is_leaf=` of tree functions."""
+    return isinstance(x, Leaf)
+
+
+def materialize(tree: Any) -> Any:
+    """Replace every compressed leaf of a pytree by its dense array.
+
+    Args:
+      tree: Any pytree; its plain arrays pass through as the same objects.
+
+    Returns:
+      A pytree of plain arrays, of the leaves' logical shapes and dtypes.
+
+    Examples:
+      >>> materialize({"bias": 1.0})
+      {'bias': 1.0}
+    """
+    return jax.tree.map(
+        lambda x: x.materialize() if isinstance(x, Leaf) else x, tree, is_leaf=is_leaf
+    )
+
+
+@jax.custom_jvp
+def straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
+    """`value` in the forward pass, the identity in `w` in the backward pass.
+
+    Exact: the result is `value` bit for bit, unlike ``w + stop_gradient(value - w)``.
+
+    References:
+      Bengio et al., `Estimating or Propagating Gradients Through Stochastic Neurons
+      <https://arxiv.org/abs/1308.3432>`_, 2013, section 3.
+    """
+    del w
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
+
+
+@leaf_type
+class StraightThrough(Leaf):
+    """A trained array whose forward pass is a stored form of itself.
+
+    ``materialize() == stored.materialize()`` bit for bit; the gradient goes to
+    `latent`, where `gate` (if any) is true. The one fake method of the library.
+    """
+
+    latent: jax.Array = component(role=WEIGHT)
+    stored: Leaf = component(role=FROZEN)
+    gate: jax.Array | None = component(role=FROZEN, default=None)
+
+    @property
+    def preserves_zeros(self) -> bool:  # type: ignore[override]
+        """As the stored form does."""
+        return self.stored.preserves_zeros
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Logical dtype."""
+        return self.stored.dtype
+
+    @property
+    def method(self) -> str:
+        """That of the stored form, marked as in training."""
+        return f"{self.stored.method} (training view)"
+
+    def materialize(self) -> jax.Array:
+        """The stored form's value, differentiable in `latent`."""
+        latent = self.latent.astype(self.dtype)
+        if self.gate is not None:
+            latent = jnp.where(self.gate, latent, jax.lax.stop_gradient(latent))
+        return straight_through(latent, jax.lax.stop_gradient(self.stored.materialize()))
+
+    def relayout(self, op: LayoutOp) -> Leaf:
+        """Relayout latent and stored form alike."""
+        stored = self.stored.relayout(op)
+        if stored is NotImplemented:
+            return NotImplemented
+        gate = None if self.gate is None else relayout_array(self.gate, op)
+        return self.replace(
+            latent=relayout_array(self.latent, op), stored=stored, gate=gate
+        )
+
+    def stacked(self, ndim: int) -> Leaf:
+        """Stacked as the stored form is."""
+        stored = self.stored.stacked(ndim)
+        if stored is NotImplemented:
+            return NotImplemented
+        return self.replace(stored=stored)
+
+    def dot_general(
+        self,
+        x: jax.Array,
+        dimension_numbers: Any,
+        *,
+        leaf_is_lhs: bool,
+        **params: Any,
+    ) -> Ran:
+        """The stored form's own rule; gradients as of `materialize()`."""
+
+        @jax.custom_jvp
+        def run(view: StraightThrough, x: jax.Array) -> jax.Array:
+            return view.stored.dot_general(
+                x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+            ).out
+
+        @run.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            def reference(view: StraightThrough, x: jax.Array) -> jax.Array:
+                x = view.stored.prepare_activations(x)
+                return dense_dot_general(
+                    view, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+                ).out
+
+            return run(*primals), jax.jvp(reference, primals, tangents)[1]
+
+        if type(self.stored).dot_general is Leaf.dot_general:
+            return super().dot_general(
+                x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+            )
+        return Ran(run(self, x), "training view")
+
+    def prepare_activations(self, x: jax.Array) -> jax.Array:
+        """As the stored form does."""
+        return self.stored.prepare_activations(x)
+
+
+def relayout_array(a: jax.Array, op: LayoutOp) -> jax.Array:
+    """Apply a layout operation to a dense array; a cast leaves booleans alone."""
+    match op:
+        case Transpose(permutation=permutation):
+            return jnp.transpose(a, permutation)
+        case Reshape(shape=shape):
+            return jnp.reshape(a, shape)
+        case Cast(dtype=dtype):
+            return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
+def relayout(value: Any, op: LayoutOp) -> Any:
+    """Apply a layout operation to an array or leaf; a leaf may say NotImplemented."""
+    return value.relayout(op) if isinstance(value, Leaf) else relayout_array(value, op)
+
+
+def dense_dot_general(
+    leaf: Leaf, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
+) -> Ran:
+    """Dequantize, then the dense `dot_general`: the rule every leaf falls back on."""
+    w = settle(leaf.materialize())
+    operands = (w, x) if leaf_is_lhs else (x, w)
+    return Ran(
+        jax.lax.dot_general(*operands, dimension_numbers, **params), "dequantized dot"
+    )
+
+
+def settle(w: jax.Array) -> jax.Array:
+    """Compute `w` before what uses it, where fusing the two would change its bits.
+
+    XLA's CPU back end picks another summation order for a dot whose operand it
+    fuses; a barrier makes the training view and the stored leaf run the same
+    program from here on. Elsewhere the fusion is what makes low bits fast.
+    """
+    return jax.lax.platform_dependent(
+        w, cpu=jax.lax.optimization_barrier, default=lambda a: a
+    )
