@@ -427,12 +427,14 @@ def dense_dot_general(
     )
 
 
+@jax.jit
 def settle(w: jax.Array) -> jax.Array:
     """Compute `w` before what uses it, where fusing the two would change its bits.
 
     XLA's CPU back end picks another summation order for a dot whose operand it
     fuses; a barrier makes the training view and the stored leaf run the same
     program from here on. Elsewhere the fusion is what makes low bits fast.
+    (Jitted so that the choice of platform is traced once a shape.)
     """
     return jax.lax.platform_dependent(
         w, cpu=jax.lax.optimization_barrier, default=lambda a: a

@@ -87,14 +87,20 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
       ValueError: If two leaves have the same path.
     """
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    flat: dict[str, Any] = {}
-    for path, leaf in pairs:
-        name = path_str(path)
-        if name in flat:
-            raise ValueError(f"flatten: two leaves of the tree have the path {name!r}.")
-        flat[name] = leaf
-    return flat, structure
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    return dict(zip(_paths(structure), leaves, strict=True)), structure
+
+
+@functools.lru_cache(maxsize=256)
+def _paths(structure: Any) -> tuple[str, ...]:
+    """The paths of a structure's leaves; kept, since JAX builds them slowly."""
+    numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
+    pairs, _ = jax.tree_util.tree_flatten_with_path(numbered)
+    names = tuple(path_str(path) for path, _ in pairs)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"flatten: two leaves of the tree have the path {twice!r}.")
+    return names
 
 
 def unflatten(structure: Any, flat: Mapping[str, Any]) -> Any:
