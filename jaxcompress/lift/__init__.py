@@ -10,4 +10,7 @@ from ._explain import explain as explain
 from ._explain import trace_axes as trace_axes
 from ._lift import lift as lift
 from ._lift import wrap as wrap
+from ._plan import Plan as Plan
+from ._plan import Planned as Planned
+from ._plan import plan as plan
 from ._tracked import LiftError as LiftError
