@@ -180,10 +180,12 @@ def _tap(use: Use, watched: frozenset[str], gram: bool) -> tuple[Tracked, Taps]:
         "ragged_dot": _ragged_rows,
         "ragged_dot_general": _ragged_rows,
     }.get(use.op)
-    if rows is None or use.weight.path not in watched:
+    paths = watched.intersection(use.weight.paths)
+    if rows is None or not paths:
         return use.weight, {}
     x, weights = rows(use)
-    return use.weight, {use.weight.path: statistics(x, weights=weights, gram=gram)}
+    stats = statistics(x, weights=weights, gram=gram)
+    return use.weight, dict.fromkeys(paths, stats)
 
 
 def _in_weight_order(use: Use, contracted: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:

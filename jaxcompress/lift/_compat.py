@@ -94,3 +94,16 @@ def given(sharding: Any) -> Any:
 def is_concrete(tree: Any) -> bool:
     """Whether no array of a pytree is being traced."""
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes over which an array varies, inside `jax.shard_map`."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def struct(shape: tuple[int, ...], dtype: Any, components: list[Any]) -> Any:
+    """The abstract array that stands for a leaf: it varies where a component does."""
+    arrays = [a for a in components if not isinstance(a, jax.ShapeDtypeStruct)]
+    manual = [jax.typeof(a).manual_axis_type for a in arrays if varying_axes(a)]
+    most = max(manual, key=lambda m: len(m.varying), default=None)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=most)

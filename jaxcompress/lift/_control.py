@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import _compat
-from jaxcompress.lift._tracked import LiftError, Tracked, dense, is_tracked
+from jaxcompress.lift._tracked import EITHER, LiftError, Tracked, dense, is_tracked
 
 if TYPE_CHECKING:
     from jaxcompress.lift._walk import Walker
@@ -220,10 +220,7 @@ def _cond(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
 
     branches = [branch(j) for j in eqn.params["branches"]]
     shapes = [jax.eval_shape(b, *values) for b in branches]
-    kept = [
-        len({jax.tree.structure(o) for o in outs}) == 1
-        for outs in zip(*(s[0] for s in shapes), strict=True)
-    ]
+    results = [_common(list(outs)) for outs in zip(*(s[0] for s in shapes), strict=True)]
     every = {k: t for _, taps in shapes for k, t in taps.items()}
 
     def uniform(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,8 +228,11 @@ def _cond(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
 
         def call(*values: Any) -> Any:
             outs, taps = run(*values)
+            outs = [
+                walker.densify(eqn, [o])[0] if like is None else o.value
+                for o, like in zip(outs, results, strict=True)
+            ]
             blank = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), every)
-            outs = [o if k else dense(o) for o, k in zip(outs, kept, strict=True)]
             return outs, {**blank, **taps}
 
         return call
@@ -240,7 +240,22 @@ def _cond(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
     def switch(index: Any, *values: Any) -> Any:
         return jax.lax.switch(index, [uniform(b) for b in branches], *values)
 
-    return _emit(walker, eqn, switch, [dense(index), *values])
+    outs, taps = _emit(walker, eqn, switch, [dense(index), *values])
+    return [
+        o if like is None else dataclasses.replace(like, value=o)
+        for o, like in zip(outs, results, strict=True)
+    ], taps
+
+
+def _common(outs: list[Any]) -> Tracked | None:
+    """The weight that a result is, whichever branch ran, or None if it is no weight."""
+    if not all(isinstance(o, Tracked) for o in outs):
+        return None
+    forms = {(jax.tree.structure(o.value), o.dims, o.rank) for o in outs}
+    if len(forms) > 1:
+        return None
+    paths = dict.fromkeys(path for o in outs for path in o.paths)
+    return dataclasses.replace(outs[0], path=EITHER.join(paths))
 
 
 def _custom_jvp(walker: Walker, eqn: Any, operands: list[Any]) -> Result:

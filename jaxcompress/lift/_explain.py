@@ -101,16 +101,16 @@ def find_sites(
     """The sites of a program, and its abstract result."""
     found: dict[Any, UseSite] = {}
 
-    def note(key: Any, site: UseSite) -> None:
-        found.setdefault((*map(id, key), site.path), site)
+    def note(event: Use | Dense, how: str, axes: Axes | None) -> None:
+        for path in event.weight.paths:
+            key = (*map(id, (*event.scope, event.eqn)), path)
+            found.setdefault(key, _site(path, event, how, axes))
 
     def ran(use: Use, how: str) -> None:
-        site = _site(use, how, use.axes)
-        note((*use.scope, use.eqn), site)
+        note(use, how, use.axes)
 
     def turned(event: Dense) -> None:
-        site = _site(event, MADE_DENSE, None)
-        note((*event.scope, event.eqn), site)
+        note(event, MADE_DENSE, None)
 
     walker = Walker(on_ran=ran, on_dense=turned, inline=True, custom_vjp=custom_vjp)
     tracer = Tracer(fn, who=who)
@@ -128,10 +128,10 @@ def find_sites(
     return tuple(found.values()), jax.tree.unflatten(trace.out_tree, out)
 
 
-def _site(event: Use | Dense, how: str, axes: Axes | None) -> UseSite:
+def _site(path: str, event: Use | Dense, how: str, axes: Axes | None) -> UseSite:
     stacks = [_compat.name_stack(e) for e in (*event.scope, event.eqn)]
     return UseSite(
-        path=event.weight.path,
+        path=path,
         op=event.eqn.primitive.name,
         how=how,
         where="/".join(filter(None, stacks)),

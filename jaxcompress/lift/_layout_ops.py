@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcompress.leaf import Cast, Leaf, Reshape, Transpose
+from jaxcompress.lift import _compat
 from jaxcompress.lift._tracked import Tracked
 
 
@@ -20,7 +21,7 @@ def _transpose(eqn: Any, w: Tracked) -> Tracked:
 
 
 def _reshape(eqn: Any, w: Tracked) -> Tracked:
-    if eqn.params.get("dimensions") is not None:
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
         return NotImplemented
     return w.relayout(Reshape(shape=eqn.outvars[0].aval.shape))
 
@@ -125,7 +126,8 @@ def _vary(eqn: Any, w: Tracked) -> Tracked:
     """Mark every component as varying over the manual mesh axes."""
 
     def vary(a: jax.Array) -> jax.Array:
-        missing = tuple(n for n in eqn.params["axes"] if n not in jax.typeof(a).vma)
+        varying = _compat.varying_axes(a)
+        missing = tuple(n for n in eqn.params["axes"] if n not in varying)
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
     value = jax.tree.map(vary, w.value)

@@ -73,7 +73,8 @@ def lift(
                 on_dense=functools.partial(_hear, on_dense), custom_vjp=custom_vjp
             )
 
-        signature, operands = tracer.signature(*track((args, kwargs), arrays=False))
+        tracked = tuple(track(a, arrays=False) for a in args), track(kwargs, arrays=False)
+        signature, operands = tracer.signature(*tracked)
         trace, walker = tracer(signature, make)
         outs, _ = walker.run(trace.jaxpr, operands)
         return jax.tree.unflatten(trace.out_tree, [dense(o) for o in outs])

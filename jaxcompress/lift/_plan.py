@@ -10,8 +10,14 @@ import jax
 import numpy as np
 
 from jaxcompress import tree
-from jaxcompress.lift._explain import Explanation, UseSite, find_sites, site_axes, table
-from jaxcompress.lift._explain import MADE_DENSE
+from jaxcompress.lift._explain import (
+    MADE_DENSE,
+    Explanation,
+    UseSite,
+    find_sites,
+    site_axes,
+    table,
+)
 from jaxcompress.transform import select
 
 

@@ -160,8 +160,8 @@ def used_paths(jaxpr: Any, operands: list[Any]) -> set[str]:
     """Paths of the tracked weights that any operation of the program reads."""
     used: set[str] = set()
     walker = Walker(
-        on_ran=lambda use, how: used.add(use.weight.path),
-        on_dense=lambda event: used.add(event.weight.path),
+        on_ran=lambda use, how: used.update(use.weight.paths),
+        on_dense=lambda event: used.update(event.weight.paths),
         inline=True,
         custom_vjp="inline",
     )

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.layout import Axes
 from jaxcompress.leaf import Cast, Leaf, LayoutOp, Reshape, Transpose, relayout
+from jaxcompress.lift import _compat
+from jaxcompress.tree import flatten, unflatten
+
+
+EITHER = " | "
+"""Joins the paths of weights of which a conditional chose one."""
 
 
 class LiftError(ValueError):
@@ -41,6 +46,11 @@ class Tracked:
         """Start to track the parameter at `path`."""
         rank = len(value.shape)
         return cls(value=value, path=path, dims=tuple((i,) for i in range(rank)), rank=rank)
+
+    @property
+    def paths(self) -> list[str]:
+        """The parameters it may be: more than one after a conditional."""
+        return self.path.split(EITHER)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,8 +133,6 @@ def track(tree: Any, *, arrays: bool) -> Any:
       tree: Any pytree.
       arrays: Whether plain arrays are tracked too, or compressed leaves only.
     """
-    from jaxcompress.tree import flatten, unflatten
-
     flat, structure = flatten(tree)
     return unflatten(
         structure,
@@ -173,7 +181,4 @@ def _reshape_dims(
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The dense abstract array that a leaf stands for when a function is traced."""
-    components = [a for a in jax.tree.leaves(x)]
-    manual = frozenset().union(*(getattr(jax.typeof(a), "vma", ()) or () for a in components))
-    extra = {"vma": manual} if manual else {}
-    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), **extra)
+    return _compat.struct(tuple(x.shape), x.dtype, jax.tree.leaves(x))
