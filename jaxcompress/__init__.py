@@ -1,5 +1,7 @@
 """Model compression for JAX: pure function transforms over parameter pytrees."""
 
+from . import presets as presets
+from . import quant as quant
 from . import tree as tree
 from .layout import Axes as Axes
 from .leaf import Leaf as Leaf

@@ -150,9 +150,7 @@ class Layout:
         a = a.reshape(*a.shape[:-1], a.shape[-1] // math.prod(self.minor), *self.minor)
         inverse = {axis: stack + i for i, axis in enumerate(self.order)}
         core = len(self.order)
-        return jnp.transpose(
-            a, (*range(stack), *(inverse[x] for x in range(-core, 0)))
-        )
+        return jnp.transpose(a, (*range(stack), *(inverse[x] for x in range(-core, 0))))
 
     def absorb_stack(self, stack: int) -> Layout:
         """The same storage with `stack` stack axes counted as output axes."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 _C = TypeVar("_C", bound=type)
 
@@ -344,7 +345,9 @@ class StraightThrough(Leaf):
         latent = self.latent.astype(self.dtype)
         if self.gate is not None:
             latent = jnp.where(self.gate, latent, jax.lax.stop_gradient(latent))
-        return straight_through(latent, jax.lax.stop_gradient(self.stored.materialize()))
+        return straight_through(
+            latent, jax.lax.stop_gradient(self.stored.materialize())
+        )
 
     def relayout(self, op: LayoutOp) -> Leaf:
         """Relayout latent and stored form alike."""
@@ -399,6 +402,17 @@ class StraightThrough(Leaf):
         """As the stored form does."""
         return self.stored.prepare_activations(x)
 
+    def component_specs(
+        self, spec: Sequence[Any], sizes: dict[Any, int]
+    ) -> StraightThrough:
+        """The trained array's own spec, and those of the stored form."""
+        own = PartitionSpec(*spec)
+        return self.replace(
+            latent=own,
+            stored=self.stored.component_specs(spec, sizes),
+            gate=None if self.gate is None else own,
+        )
+
 
 def relayout_array(a: jax.Array, op: LayoutOp) -> jax.Array:
     """Apply a layout operation to a dense array; a cast leaves booleans alone."""
@@ -417,7 +431,12 @@ def relayout(value: Any, op: LayoutOp) -> Any:
 
 
 def dense_dot_general(
-    leaf: Leaf, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
+    leaf: Leaf,
+    x: jax.Array,
+    dimension_numbers: Any,
+    *,
+    leaf_is_lhs: bool,
+    **params: Any,
 ) -> Ran:
     """Dequantize, then the dense `dot_general`: the rule every leaf falls back on."""
     w = settle(leaf.materialize())

@@ -29,13 +29,17 @@ def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """
     sizes = dict(mesh.shape)
     is_spec = lambda s: isinstance(s, PartitionSpec)  # noqa: E731
-    full = jax.tree.broadcast(specs, tree, is_leaf=lambda x: is_spec(x) or is_leaf(x))
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    whole = jax.tree.unflatten(structure, range(structure.num_leaves))
+    full = jax.tree.broadcast(specs, whole, is_leaf=is_spec)
 
     def one(path: Any, leaf: Any, spec: PartitionSpec) -> Any:
         if not isinstance(leaf, Leaf):
             return spec
         try:
-            return leaf.component_specs((*spec, *[None] * (leaf.ndim - len(spec))), sizes)
+            return leaf.component_specs(
+                (*spec, *[None] * (leaf.ndim - len(spec))), sizes
+            )
         except ValueError as error:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"shardings: at {where!r}: {error}") from None

@@ -195,7 +195,9 @@ def select(
             for n in range(len(parts))
         ]
 
-    def run(f: Callable[..., Any], params: Params, states: Any) -> tuple[Any, list[Any]]:
+    def run(
+        f: Callable[..., Any], params: Params, states: Any
+    ) -> tuple[Any, list[Any]]:
         """Apply `f(part, group, state) -> (group, state)` to every group."""
         flat, structure = tree.flatten(params)
         results = []
@@ -355,10 +357,11 @@ def check_weights(params: Params, *, who: str) -> None:
     """
     for path, leaf in tree.flatten(params)[0].items():
         for value in values(leaf):
-            _check_weight(value, path, who)
+            check_weight(value, path, who)
 
 
-def _check_weight(value: Any, path: str, who: str) -> None:
+def check_weight(value: Any, path: str, who: str) -> None:
+    """Refuse one array, as `check_weights` does a tree."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         kind = type(value).__name__ if dtype is None else dtype

@@ -172,7 +172,11 @@ def _hit(rule: Any, path: str, leaf: Any) -> bool:
 
 
 def _name(rule: Any) -> str:
-    return repr(rule) if isinstance(rule, str | Where) else getattr(rule, "__name__", repr(rule))
+    return (
+        repr(rule)
+        if isinstance(rule, str | Where)
+        else getattr(rule, "__name__", repr(rule))
+    )
 
 
 def _near(rule: Any, flat: Mapping[str, Any]) -> str:
@@ -180,7 +184,9 @@ def _near(rule: Any, flat: Mapping[str, Any]) -> str:
         return "the tree has no leaves"
     pattern = rule.pattern if isinstance(rule, Where) else rule
     if isinstance(pattern, str):
-        near = difflib.get_close_matches(pattern.replace("*", ""), flat, n=5, cutoff=0.3)
+        near = difflib.get_close_matches(
+            pattern.replace("*", ""), flat, n=5, cutoff=0.3
+        )
         if near:
             return f"the nearest paths are {near}"
     return f"the tree's paths begin {list(flat)[:5]}"

@@ -90,7 +90,9 @@ def statistics(
         absmax=jnp.abs(x).max(-2, initial=0.0),
         total=x.sum(-2),
         total_square=jnp.square(x).sum(-2),
-        gram=jnp.matmul(jnp.matrix_transpose(x), x, precision="highest") if gram else None,
+        gram=jnp.matmul(jnp.matrix_transpose(x), x, precision="highest")
+        if gram
+        else None,
     )
 
 
@@ -188,7 +190,9 @@ def _tap(use: Use, watched: frozenset[str], gram: bool) -> tuple[Tracked, Taps]:
     return use.weight, dict.fromkeys(paths, stats)
 
 
-def _in_weight_order(use: Use, contracted: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+def _in_weight_order(
+    use: Use, contracted: tuple[int, ...], weight: tuple[int, ...]
+) -> tuple[int, ...]:
     """Contracted axes of x in the order of the parameter's own contracting axes."""
     order = sorted(
         range(len(weight)), key=lambda i: use.weight.dims[weight[i]] or (-1,)

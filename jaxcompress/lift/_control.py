@@ -47,7 +47,11 @@ def _jit(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
 
     ins = [_compat.given(s) for s in params["in_shardings"]]
     outs = [_compat.given(s) for s in params["out_shardings"]]
-    if walker.inline or str(params["inline"]) in ("True", "Inline.ALWAYS", "Inline.JIT"):
+    if walker.inline or str(params["inline"]) in (
+        "True",
+        "Inline.ALWAYS",
+        "Inline.JIT",
+    ):
         return call(*operands)
     key = id(eqn)
     if key not in walker.memo:
@@ -155,8 +159,7 @@ def _steady(
     while any(isinstance(c, Tracked) for c in carry):
         after = jax.eval_shape(step, carry)
         changed = [
-            isinstance(c, Tracked)
-            and jax.tree.structure(c) != jax.tree.structure(a)
+            isinstance(c, Tracked) and jax.tree.structure(c) != jax.tree.structure(a)
             for c, a in zip(carry, after, strict=True)
         ]
         if not any(changed):
@@ -220,7 +223,9 @@ def _cond(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
 
     branches = [branch(j) for j in eqn.params["branches"]]
     shapes = [jax.eval_shape(b, *values) for b in branches]
-    results = [_common(list(outs)) for outs in zip(*(s[0] for s in shapes), strict=True)]
+    results = [
+        _common(list(outs)) for outs in zip(*(s[0] for s in shapes), strict=True)
+    ]
     every = {k: t for _, taps in shapes for k, t in taps.items()}
 
     def uniform(run: Callable[..., Any]) -> Callable[..., Any]:

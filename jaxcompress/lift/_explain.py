@@ -85,7 +85,9 @@ def explain(
     Returns:
       The sites in program order, those that would turn a leaf dense included.
     """
-    sites, _ = find_sites(fn, params, args, kwargs, who="explain", custom_vjp=custom_vjp)
+    sites, _ = find_sites(
+        fn, params, args, kwargs, who="explain", custom_vjp=custom_vjp
+    )
     return Explanation(sites)
 
 

@@ -29,7 +29,11 @@ def _reshape(eqn: Any, w: Tracked) -> Tracked:
 def _broadcast_in_dim(eqn: Any, w: Tracked, *dynamic: Any) -> Tracked:
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     added = [n for i, n in enumerate(shape) if i not in kept]
-    if dynamic or any(n != 1 for n in added) or tuple(shape[i] for i in kept) != w.shape:
+    if (
+        dynamic
+        or any(n != 1 for n in added)
+        or tuple(shape[i] for i in kept) != w.shape
+    ):
         return NotImplemented
     return w.relayout(Reshape(shape=tuple(shape)))
 
@@ -107,7 +111,9 @@ def _sharding_constraint(eqn: Any, w: Tracked) -> Tracked:
     sharding = eqn.params["sharding"]
     if not isinstance(w.value, Leaf) or not isinstance(sharding, NamedSharding):
         return NotImplemented
-    spec = tuple(itertools.islice((*sharding.spec, *[None] * w.value.ndim), w.value.ndim))
+    spec = tuple(
+        itertools.islice((*sharding.spec, *[None] * w.value.ndim), w.value.ndim)
+    )
     try:
         specs = w.value.component_specs(spec, dict(sharding.mesh.shape))
     except ValueError:

@@ -73,7 +73,10 @@ def lift(
                 on_dense=functools.partial(_hear, on_dense), custom_vjp=custom_vjp
             )
 
-        tracked = tuple(track(a, arrays=False) for a in args), track(kwargs, arrays=False)
+        tracked = (
+            tuple(track(a, arrays=False) for a in args),
+            track(kwargs, arrays=False),
+        )
         signature, operands = tracer.signature(*tracked)
         trace, walker = tracer(signature, make)
         outs, _ = walker.run(trace.jaxpr, operands)

@@ -92,9 +92,19 @@ class Plan:
             )
             for p in self.leaves
         ]
-        total = ("total", "", "", "", f"{self.bytes_before:,}", _count(self.bytes_after))
+        total = (
+            "total",
+            "",
+            "",
+            "",
+            f"{self.bytes_before:,}",
+            _count(self.bytes_after),
+        )
         header = ("weight", "shape", "method", "used by", "bytes", "after")
-        lines = [table(header, [*rows, total]), f"memory needed: {self.peak_bytes:,} bytes"]
+        lines = [
+            table(header, [*rows, total]),
+            f"memory needed: {self.peak_bytes:,} bytes",
+        ]
         lines += [f"problem: {p}" for p in self.problems]
         return "\n".join(lines)
 

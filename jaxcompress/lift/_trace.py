@@ -126,7 +126,9 @@ def _trace(fn: Callable[..., Any], signature: Signature) -> Trace:
         args, kwargs = jax.tree.unflatten(signature.structure, filled)
         return fn(*args, **kwargs)
 
-    example = [abstract(x.value) if isinstance(x, Tracked) else x for x, d in pairs if d]
+    example = [
+        abstract(x.value) if isinstance(x, Tracked) else x for x, d in pairs if d
+    ]
     jaxpr, shape = jax.make_jaxpr(call, return_shape=True)(*example)
     return Trace(jaxpr, jax.tree.structure(shape))
 
@@ -171,7 +173,9 @@ def used_paths(jaxpr: Any, operands: list[Any]) -> set[str]:
 
 def _stands_for(const: Any, w: Tracked) -> bool:
     if isinstance(w.value, Leaf):
-        return np.shape(const) == w.shape and const.dtype == w.dtype and len(w.shape) > 1
+        return (
+            np.shape(const) == w.shape and const.dtype == w.dtype and len(w.shape) > 1
+        )
     return const is w.value
 
 

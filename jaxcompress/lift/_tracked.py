@@ -45,7 +45,9 @@ class Tracked:
     def of(cls, value: Any, path: str) -> Tracked:
         """Start to track the parameter at `path`."""
         rank = len(value.shape)
-        return cls(value=value, path=path, dims=tuple((i,) for i in range(rank)), rank=rank)
+        return cls(
+            value=value, path=path, dims=tuple((i,) for i in range(rank)), rank=rank
+        )
 
     @property
     def paths(self) -> list[str]:
@@ -85,7 +87,9 @@ class Tracked:
                 dims = self.dims
         return dataclasses.replace(self, value=value, dims=dims)
 
-    def leading(self, f: Any, *, axes: int, dims: tuple[tuple[int, ...], ...]) -> Tracked:
+    def leading(
+        self, f: Any, *, axes: int, dims: tuple[tuple[int, ...], ...]
+    ) -> Tracked:
         """Apply `f` to the first `axes` axes of every component of the value.
 
         Args:

@@ -163,7 +163,14 @@ class Walker:
         others = self.densify(eqn, [v for i, v in enumerate(values) if i != index])
         operands = (*others[:index], values[index], *others[index:])
         use = Use(
-            eqn, values[index], index, operands, contracted, batch, self.scope, self.times
+            eqn,
+            values[index],
+            index,
+            operands,
+            contracted,
+            batch,
+            self.scope,
+            self.times,
         )
         weight, taps = self.visit(use)
         if not weight.compressed:
@@ -205,7 +212,9 @@ class Walker:
         probe = Walker(
             on_ran=lambda use, how: seen.append(use), inline=True, custom_vjp="inline"
         )
-        jax.eval_shape(lambda v: [dense(o) for o in probe.run(jaxpr, v)[0]], list(operands))
+        jax.eval_shape(
+            lambda v: [dense(o) for o in probe.run(jaxpr, v)[0]], list(operands)
+        )
         return bool(seen)
 
 
@@ -217,7 +226,9 @@ class Target(NamedTuple):
       run: ``(eqn, weight, index, operands) -> (result, how it ran)``.
     """
 
-    find: Callable[[Any, list[Any]], tuple[int, tuple[int, ...], tuple[int, ...]] | None]
+    find: Callable[
+        [Any, list[Any]], tuple[int, tuple[int, ...], tuple[int, ...]] | None
+    ]
     run: Callable[[Any, Tracked, int, list[Any]], tuple[jax.Array, str]]
 
 
@@ -231,7 +242,9 @@ def _which(values: list[Any]) -> int:
     return 1
 
 
-def _find_dot(eqn: Any, values: list[Any]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _find_dot(
+    eqn: Any, values: list[Any]
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     contract, batch = eqn.params["dimension_numbers"]
     index = _which(values)
     return index, tuple(contract[index]), tuple(batch[index])

@@ -1,0 +1,327 @@
+"""`QuantizedArray`: codes and scales in place of a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxcompress import packing
+from jaxcompress.layout import Layout
+from jaxcompress.leaf import (
+    FROZEN,
+    Cast,
+    Leaf,
+    LayoutOp,
+    Ran,
+    component,
+    dense_dot_general,
+    leaf_type,
+    relayout_array,
+    static,
+)
+from jaxcompress.quant import _matmul
+from jaxcompress.quant._activations import Activations, fake_quantize_activations
+from jaxcompress.quant._elements import E4M3, Binary, Element, Integer, Table
+from jaxcompress.quant._granularity import Flat, split_blocks, spread
+from jaxcompress.quant._rounding import power_of_two
+
+
+@leaf_type
+class QuantizedArray(Leaf):
+    """A weight as low-bit codes and scales.
+
+    In storage order, with ``b`` bits a code and ``G`` groups along the contracting
+    axes, ``w[..., o, k] = (code[o, k] - zero[o, k // g]) * scale[o, k // g]``.
+
+    Attributes:
+      words: ``uint8[*stack, *out, ceil(K * b / 8)]``, packed along the contracting
+        axes; or, in a training view, ``uint8`` codes in the logical shape.
+      scale: ``[*stack, *out_blocks, G]`` floats, or uint8 codes of scales.
+      zero_point: ``uint8``, as `scale`; of asymmetric integers.
+      tensor_scale: ``float32[*stack, 1, ...]``; of two-level scales.
+      activation_scale: ``float32[*stack, 1, ...]``; of static activations.
+      activation_zero: Its zero point.
+      element: What a code stands for.
+      scale_format: How `scale` is stored.
+      label: Name for reports.
+      layout: How the axes lie in storage.
+      packed: Whether `words` are packed.
+      pad: Codes of padding at the end of the packed axis.
+      dtype_name: Logical dtype.
+      activations: How the matmul treats its other operand.
+    """
+
+    words: jax.Array = component(role=FROZEN)
+    scale: jax.Array = component(role=FROZEN)
+    zero_point: jax.Array | None = component(role=FROZEN, default=None)
+    tensor_scale: jax.Array | None = component(role=FROZEN, default=None)
+    activation_scale: jax.Array | None = component(role=FROZEN, default=None)
+    activation_zero: jax.Array | None = component(role=FROZEN, default=None)
+    element: Element = static()
+    scale_format: str = static()
+    label: str = static()
+    layout: Layout = static()
+    packed: bool = static()
+    pad: int = static()
+    dtype_name: str = static()
+    activations: Activations | None = static(default=None)
+
+    @property
+    def preserves_zeros(self) -> bool:  # type: ignore[override]
+        """Whether zero is on the grid."""
+        if isinstance(self.element, Table):
+            return 0.0 in self.element.values
+        return not isinstance(self.element, Binary)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        if not self.packed:
+            return tuple(self.words.shape)
+        return self.layout.logical_shape((*self.words.shape[:-1], self._k))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Logical dtype."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def method(self) -> str:
+        """``"int4 g128"``."""
+        return self.label
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.element.bits
+
+    @property
+    def _k(self) -> int:
+        """Contracting elements of packed words."""
+        return self.words.shape[-1] * 8 // self.bits - self.pad
+
+    def codes(self) -> jax.Array:
+        """``uint8`` codes in the logical shape."""
+        if self.packed:
+            return self.layout.from_storage(self.elements())
+        return self._checked_words()
+
+    def elements(self) -> jax.Array:
+        """``uint8[*stack, *out, K]`` codes in storage order."""
+        if self.packed:
+            return packing.unpack(self.words, bits=self.bits, count=self._k)
+        return self.layout.to_storage(self._checked_words())
+
+    def _checked_words(self) -> jax.Array:
+        if self.words.dtype != jnp.uint8:
+            raise TypeError(
+                f"QuantizedArray: words must be uint8; got {self.words.dtype}. "
+                "Arithmetic over a tree of compressed leaves (x * 2, averaging) corrupts "
+                "codes: act on the params before `compress`."
+            )
+        return self.words
+
+    def with_elements(self, codes: jax.Array) -> QuantizedArray:
+        """The leaf with other codes ``uint8[*stack, *out, K]``, unpacked."""
+        return self.replace(words=self.layout.from_storage(codes), packed=False, pad=0)
+
+    def pack(self) -> QuantizedArray:
+        """The stored form of a training view."""
+        if self.packed:
+            return self
+        codes = self.elements()
+        words = packing.pack(codes, bits=self.bits)
+        pad = words.shape[-1] * 8 // self.bits - codes.shape[-1]
+        return self.replace(words=words, packed=True, pad=pad)
+
+    def unpack(self) -> QuantizedArray:
+        """The same values with unpacked codes."""
+        return self.with_elements(self.elements()) if self.packed else self
+
+    def scales(self) -> jax.Array:
+        """float32 scales in storage order."""
+        if self.scale_format == "e8m0":
+            exponent = self.scale.astype(jnp.int32) - 127
+            return jnp.where(self.scale > 0, power_of_two(exponent), 0.0)
+        if self.scale_format == "nvfp4":
+            assert self.tensor_scale is not None
+            return E4M3.decode(self.scale) * self.tensor_scale
+        return self.scale.astype(jnp.float32)
+
+    def materialize(self) -> jax.Array:
+        """The dense values."""
+        flat = Flat(self.shape, self.layout)
+        codes = flat.flatten(self.codes())
+        scale = flat.from_storage(self.scales())
+        parts, _ = split_blocks(self.element.decode(codes), scale.shape)
+        if self.zero_point is not None:
+            zero = flat.from_storage(self.zero_point).astype(jnp.float32)
+            parts = parts - spread(zero, codes.shape)
+        values = parts * spread(scale, codes.shape)
+        return flat.unflatten(values.reshape(codes.shape)).astype(self.dtype)
+
+    def relayout(self, op: LayoutOp) -> Leaf:
+        """Transposes and reshapes change the layout; words stay where they are."""
+        if isinstance(op, Cast):
+            narrower = np.dtype(op.dtype).itemsize <= 4 and self.dtype == jnp.float32
+            return (
+                self.replace(dtype_name=op.dtype.name) if narrower else NotImplemented
+            )
+        layout = self.layout.relayout(op, self.shape)
+        if layout is NotImplemented:
+            return NotImplemented
+        words = self.words if self.packed else relayout_array(self.words, op)
+        return self.replace(words=words, layout=layout)
+
+    def stacked(self, ndim: int) -> Leaf:
+        """Count the first axes as stacks, with a scale for each entry."""
+        stack = self.layout.stack_ndim(self.scale.ndim)
+        if stack >= ndim:
+            return self
+        full = self.layout.absorb_stack(stack)
+        rank = len(self.shape)
+        if full.order[:ndim] != tuple(range(-rank, ndim - rank)):
+            return NotImplemented
+        layout = Layout(
+            order=full.order[ndim:], contracting=full.contracting, minor=full.minor
+        )
+        if len(layout.order) < full.contracting:
+            return NotImplemented
+        grown = {
+            name: _grow(a, self.shape[:ndim])
+            for name, (a, _) in self.components().items()
+            if name != "words"
+        }
+        return self.replace(layout=layout, **grown)
+
+    def dot_general(
+        self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
+    ) -> Ran:
+        """Weight-only: dequantize. With activations: integers if all allow it."""
+        if self.activations is None:
+            return dense_dot_general(
+                self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+            )
+        site = _matmul.Site.of(self, x, dimension_numbers, leaf_is_lhs)
+        if site is not None and _matmul.fits_int8(self):
+            return _matmul.int8_dot(self, x, site, params)
+        axes = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
+        x = self._fake_quantized(x, axes)
+        ran = dense_dot_general(
+            self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
+        )
+        return Ran(ran.out, "fake-quantized dot")
+
+    def prepare_activations(
+        self, x: jax.Array, axes: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Fake-quantize the other operand, a token being a slice along `axes`."""
+        if self.activations is None:
+            return x
+        return self._fake_quantized(x, (-1,) if axes is None else axes)
+
+    def _fake_quantized(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        assert self.activations is not None
+        scale, zero = self._static_scales(x.ndim)
+        return fake_quantize_activations(
+            x, self.activations, axes=axes, scale=scale, zero=zero
+        )
+
+    def _static_scales(self, ndim: int) -> tuple[Any, Any]:
+        """Calibrated scale and zero point, broadcastable against x; None if dynamic."""
+        if self.activation_scale is None:
+            return None, None
+        if self.activation_scale.size > 1:
+            raise ValueError(
+                f"{self.label}: static activations with one scale a stack entry, of "
+                f"shape {self.activation_scale.shape}, need the stack sliced (scan over "
+                "the layers); a batched matmul needs dynamic activations."
+            )
+        ones = (1,) * ndim
+        zero = (
+            None if self.activation_zero is None else self.activation_zero.reshape(ones)
+        )
+        return self.activation_scale.reshape(ones), zero
+
+    def component_specs(
+        self, spec: Sequence[Any], sizes: dict[Any, int]
+    ) -> QuantizedArray:
+        """Words and scales cut like the weight; whole words and groups only."""
+        full = self.layout.absorb_stack(len(self.shape) - len(self.layout.order))
+        spec = tuple(spec)
+        out = [spec[a] for a in full.out]
+        major, *minor = (spec[a] for a in full.contract)
+        if any(m is not None for m in minor):
+            raise ValueError(
+                f"{self.label}: of the contracting axes {full.contract} only the first "
+                f"may be sharded; got {spec}."
+            )
+        for name, entry in zip(full.contract[:1], [major], strict=True):
+            self._check_cut(name, _parts(entry, sizes))
+        words = PartitionSpec(*out, major) if self.packed else PartitionSpec(*spec)
+        return self.replace(
+            words=words,
+            **{
+                name: self._spec_of(a, out, major, sizes)
+                for name, (a, _) in self.components().items()
+                if name != "words"
+            },
+        )
+
+    def _spec_of(self, a: jax.Array, out: list[Any], major: Any, sizes: Any) -> Any:
+        entries = [*out, major]
+        for i, (n, entry) in enumerate(zip(a.shape, entries, strict=True)):
+            if n == 1:
+                entries[i] = None
+            elif n % _parts(entry, sizes):
+                raise ValueError(
+                    f"{self.label}: {n} blocks of scales along storage axis {i} cannot "
+                    f"be cut in {_parts(entry, sizes)} parts; shard it by a divisor of {n}."
+                )
+        return PartitionSpec(*entries)
+
+    def _check_cut(self, axis: int, parts: int) -> None:
+        if parts == 1:
+            return
+        size = self.shape[axis]
+        k = math.prod(self.shape[a] for a in self.layout.contract)
+        per_word = 8 // math.gcd(self.bits, 8) if self.packed else 1
+        groups = self.scale.shape[-1]
+        able = [
+            n
+            for n in range(2, size + 1)
+            if size % n == 0
+            and (k // n) % per_word == 0
+            and (groups == 1 or groups % n == 0)
+        ]
+        if self.pad or parts not in able:
+            raise ValueError(
+                f"{self.label}: axis {axis} of size {size} cannot be cut in {parts} parts "
+                f"inside words or groups; it can be cut in {[] if self.pad else able}."
+            )
+
+
+def _parts(entry: Any, sizes: dict[Any, int]) -> int:
+    if entry is None:
+        return 1
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(sizes[name] for name in names)
+
+
+def _grow(a: jax.Array, full: tuple[int, ...]) -> jax.Array:
+    """Repeat block values until the first axes have their full sizes."""
+    for axis, n in enumerate(full):
+        if a.shape[axis] != n:
+            a = jnp.repeat(a, n // a.shape[axis], axis=axis)
+    return a
+
+
+def is_int8(element: Element) -> bool:
+    """Whether codes are small signed integers."""
+    return isinstance(element, Integer) and element.symmetric and element.fraction == 0

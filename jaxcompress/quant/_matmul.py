@@ -1,0 +1,162 @@
+"""The integer matmul of a leaf whose weights and activations are both integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.leaf import Ran, dense_dot_general
+from jaxcompress.quant._activations import activation_scale, encode_activations
+from jaxcompress.quant._elements import Integer, Ternary
+
+if TYPE_CHECKING:
+    from jaxcompress.quant._array import QuantizedArray
+
+
+class Site(NamedTuple):
+    """A `dot_general` between ``x`` and a leaf, in storage terms.
+
+    Attributes:
+      batch: Pairs of batch axes (of x, of storage), by storage axis.
+      contract: Contracted axes of x, in the order the leaf flattens them.
+      free: The other axes of x.
+      order: Permutation from ``[batch, x free, out in storage order]`` to the
+        result's axes.
+      dimension_numbers: As given.
+      leaf_is_lhs: As given.
+    """
+
+    batch: tuple[tuple[int, int], ...]
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+    order: tuple[int, ...]
+    dimension_numbers: Any
+    leaf_is_lhs: bool
+
+    @classmethod
+    def of(
+        cls,
+        leaf: QuantizedArray,
+        x: jax.Array,
+        dimension_numbers: Any,
+        leaf_is_lhs: bool,
+    ) -> Site | None:
+        """The site, or None if the leaf's contracting axes are not what it contracts."""
+        contract, batch = dimension_numbers
+        i, j = (0, 1) if leaf_is_lhs else (1, 0)
+        rank = len(leaf.shape)
+        layout = leaf.layout.absorb_stack(rank - len(leaf.layout.order))
+        wanted = [a + rank for a in layout.contract]
+        pairs = dict(zip(contract[i], contract[j], strict=True))
+        if set(pairs) != set(wanted):
+            return None
+        place = {a + rank: n for n, a in enumerate(layout.out)}
+        x_contract = tuple(pairs[a] for a in wanted)
+        batched = list(zip(batch[j], batch[i], strict=True))
+        ordered = sorted((place[w], a) for a, w in batched)
+        taken = {*x_contract, *batch[j]}
+        free = tuple(a for a in range(x.ndim) if a not in taken)
+        # Where each axis of the result comes from.
+        by_storage = [place[w] for _, w in batched]
+        lead = [sorted(by_storage).index(s) for s in by_storage]
+        x_axes = [len(batched) + n for n in range(len(free))]
+        rest = sorted(set(place.values()) - set(by_storage))
+        start = len(batched) + len(free)
+        logical = sorted((a for a in place if place[a] in rest), key=lambda a: a)
+        w_axes = [start + rest.index(place[a]) for a in logical]
+        tail = w_axes + x_axes if leaf_is_lhs else x_axes + w_axes
+        return cls(
+            batch=tuple((a, s) for s, a in ordered),
+            contract=x_contract,
+            free=free,
+            order=tuple(lead + tail),
+            dimension_numbers=dimension_numbers,
+            leaf_is_lhs=leaf_is_lhs,
+        )
+
+
+def fits_int8(leaf: QuantizedArray) -> bool:
+    """Whether weight and activations are symmetric integers with scales outside the sum."""
+    act = leaf.activations
+    whole = isinstance(leaf.element, Ternary) or (
+        isinstance(leaf.element, Integer)
+        and leaf.element.symmetric
+        and leaf.element.fraction == 0
+    )
+    return (
+        whole
+        and leaf.scale.shape[-1] == 1
+        and act is not None
+        and isinstance(act.element, Integer)
+        and act.element.symmetric
+        and act.element.fraction == 0
+        and (not act.static or leaf.activation_scale.size == 1)  # type: ignore[union-attr]
+    )
+
+
+def int8_dot(
+    leaf: QuantizedArray, x: jax.Array, site: Site, params: dict[str, Any]
+) -> Ran:
+    """``int8 x int8 -> int32``, then the scales; the gradient of the fake-quantized dot."""
+
+    @jax.custom_jvp
+    def run(leaf: QuantizedArray, x: jax.Array) -> jax.Array:
+        return _run(leaf, x, site, params)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def reference(leaf: QuantizedArray, x: jax.Array) -> jax.Array:
+            x = leaf.prepare_activations(x, site.contract)
+            return dense_dot_general(
+                leaf, x, site.dimension_numbers, leaf_is_lhs=site.leaf_is_lhs, **params
+            ).out
+
+        return run(*primals), jax.jvp(reference, primals, tangents)[1]
+
+    return Ran(run(leaf, x), "int8 dot")
+
+
+def _run(
+    leaf: QuantizedArray, x: jax.Array, site: Site, params: dict[str, Any]
+) -> jax.Array:
+    q, x_scale = _encoded(leaf, x, site)
+    elements = leaf.elements()
+    element = leaf.element if isinstance(leaf.element, Integer) else Integer(bits=2)
+    w = element.integers(elements)
+    n_batch = len(site.batch)
+    batch = tuple(s for _, s in site.batch)
+    sums = jax.lax.dot_general(
+        q,
+        w,
+        (((q.ndim - 1,), (w.ndim - 1,)), (tuple(range(n_batch)), batch)),
+        preferred_element_type=jnp.int32,
+    )
+    w_scale = jnp.moveaxis(leaf.scales()[..., 0], batch, range(n_batch))
+    lead, out = w_scale.shape[:n_batch], w_scale.shape[n_batch:]
+    w_scale = w_scale.reshape(*lead, *(1,) * len(site.free), *out)
+    x_scale = x_scale.reshape(*x_scale.shape[:-1], *(1,) * len(out))
+    y = sums.astype(jnp.float32) * x_scale * w_scale
+    dtype = params.get("preferred_element_type") or jnp.result_type(x, leaf.dtype)
+    return jnp.transpose(y, site.order).astype(dtype)
+
+
+def _encoded(
+    leaf: QuantizedArray, x: jax.Array, site: Site
+) -> tuple[jax.Array, jax.Array]:
+    """int8 activations ``[*batch, *free, K]`` and their scale ``[*batch, *free, 1]``."""
+    act = leaf.activations
+    assert act is not None
+    axes = tuple(a for a, _ in site.batch)
+    x = jnp.transpose(x, (*axes, *site.free, *site.contract)).astype(jnp.float32)
+    n = len(site.contract)
+    x = x.reshape(*x.shape[: x.ndim - n], -1)
+    if act.static:
+        assert leaf.activation_scale is not None
+        scale = leaf.activation_scale.reshape((1,) * x.ndim)
+    else:
+        scale, _ = activation_scale(x, act, (x.ndim - 1,))
+    codes = encode_activations(x, scale, None, act.element)
+    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
+    return codes.astype(jnp.int8), scale

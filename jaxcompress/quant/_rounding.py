@@ -1,0 +1,65 @@
+"""Rounding to integers, the step that every number format shares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Rounding = Literal["nearest", "stochastic", "toward_zero"]
+ROUNDINGS = ("nearest", "stochastic", "toward_zero")
+
+
+def round_to_integer(
+    x: jax.Array, rounding: Rounding, noise: jax.Array | None = None
+) -> jax.Array:
+    r"""Round to an integer, in `x`'s dtype.
+
+    Nearest rounds ties to even; stochastic is :math:`\lfloor x + u \rfloor` with
+    uniform `u`, unbiased; toward zero truncates.
+
+    Args:
+      x: Float array.
+      rounding: Static.
+      noise: Uniform in [0, 1), of `x`'s shape; needed by stochastic rounding.
+
+    Examples:
+      >>> round_to_integer(jnp.array([0.5, 1.5, -1.7]), "nearest").tolist()
+      [0.0, 2.0, -2.0]
+      >>> round_to_integer(jnp.array([0.5, 1.5, -1.7]), "toward_zero").tolist()
+      [0.0, 1.0, -1.0]
+
+    References:
+      Gupta et al., `Deep Learning with Limited Numerical Precision
+      <https://arxiv.org/abs/1502.02551>`_, 2015, section 3.1 (stochastic rounding).
+    """
+    if rounding == "nearest":
+        return jnp.round(x)
+    if rounding == "toward_zero":
+        return jnp.trunc(x)
+    assert noise is not None
+    return jnp.floor(x + noise)
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """``2.0 ** exponent`` exactly, for integer exponents in [-126, 127]."""
+    bits = (exponent.astype(jnp.int32) + 127) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def floor_log2(x: jax.Array) -> jax.Array:
+    """``floor(log2(x))`` of positive normal float32, exactly; -127 of smaller ones."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return ((bits >> 23) & 255) - 127
+
+
+def round_scale(scale: jax.Array) -> jax.Array:
+    """Round positive float32 to 16 significant bits.
+
+    Any code times such a scale is exact in float32, so that quantizing what was
+    dequantized finds the same scale and the same codes: a projection, to the bit.
+    """
+    bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    bits = (bits + jnp.uint32(0x80)) & jnp.uint32(0xFFFFFF00)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

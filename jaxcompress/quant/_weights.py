@@ -1,0 +1,123 @@
+"""`weights`: a number format as a transform, for quantization-aware training."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.leaf import StraightThrough
+from jaxcompress.quant._array import QuantizedArray
+from jaxcompress.quant._elements import Integer
+from jaxcompress.quant._format import NumberFormat
+from jaxcompress.quant._quantize import encode
+from jaxcompress.transform import (
+    Site,
+    Transform,
+    check_weights,
+    for_values,
+    leaf_key,
+    map_values,
+)
+
+
+class WeightsState(NamedTuple):
+    """State of `weights`.
+
+    Attributes:
+      key: For stochastic rounding, or None.
+      step: ``int32`` updates so far; with `key` it determines the rounding.
+    """
+
+    key: jax.Array | None
+    step: jax.Array
+
+
+def weights(
+    fmt: NumberFormat, *, key: jax.Array | None = None, activation_scale: Any = None
+) -> Transform:
+    """Train through the grid of a number format; store its codes.
+
+    The view is the quantized weight with a straight-through gradient (clipped to the
+    grid's range if the format says so), bit for bit what is stored.
+
+    Args:
+      fmt: The number format.
+      key: For stochastic rounding; every update draws new noise.
+      activation_scale: Calibrated scale of static activations, for every leaf.
+
+    Raises:
+      ValueError: From ``init``: weights or groups that `quantize` refuses.
+
+    Examples:
+      >>> from jaxcompress.quant import int4
+      >>> scheme = weights(int4())
+      >>> params, state = scheme.init({"w": jnp.array([[0.3], [-0.7]])})
+      >>> scheme.view(params, state)["w"].materialize().tolist()
+      [[0.30000000...], [-0.7...]]
+      >>> scheme.compress(params, state)["w"]
+      QuantizedArray(int4, float32[2, 1])
+
+    References:
+      Jacob et al., 2018, section 3 (training with simulated quantization); Bengio et
+      al., 2013, section 3 (straight-through); Courbariaux et al., `BinaryConnect
+      <https://arxiv.org/abs/1511.00363>`_, 2015, section 2.4 (clipping).
+    """
+    by = f"quant.weights({fmt.name})"
+
+    def encoded(w: jax.Array, site: Site, state: WeightsState) -> QuantizedArray:
+        noise = None
+        if state.key is not None:
+            noise = leaf_key(jax.random.fold_in(state.key, state.step), site)
+        return encode(
+            jax.lax.stop_gradient(w),
+            fmt,
+            axes=site.axes,
+            key=noise,
+            activation_scale=activation_scale,
+            path=site.path,
+            check=False,
+        )
+
+    def fake(w: jax.Array, site: Site, state: WeightsState) -> StraightThrough:
+        stored = encoded(w, site, state)
+        gate = _within(w, stored) if fmt.clip_gradient else None
+        return StraightThrough(latent=w, stored=stored, gate=gate)
+
+    def init(params: Any) -> tuple[Any, WeightsState]:
+        check_weights(params, who=by)
+        state = WeightsState(key, jnp.zeros((), jnp.int32))
+        for_values(
+            lambda w, site: jax.eval_shape(lambda a: encoded(a, site, state), w), params
+        )
+        return params, state
+
+    def view(params: Any, state: WeightsState) -> Any:
+        return map_values(lambda w, site: fake(w, site, state), params, by=by)
+
+    def update(
+        params: Any, state: WeightsState, **extra: Any
+    ) -> tuple[Any, WeightsState]:
+        del extra
+        return params, state._replace(step=state.step + 1)
+
+    def compress(params: Any, state: WeightsState) -> Any:
+        return map_values(lambda w, site: encoded(w, site, state).pack(), params, by=by)
+
+    return Transform(init, view, update, compress)
+
+
+def _within(w: jax.Array, stored: QuantizedArray) -> jax.Array:
+    """Where a weight lies within the range of its grid."""
+    element = stored.element
+    if isinstance(element, Integer) and not element.symmetric:
+        low, high = element.low, element.high
+        edges = [
+            stored.replace(words=jnp.full_like(stored.words, c)) for c in (low, high)
+        ]
+        bottom, top = (e.materialize().astype(w.dtype) for e in edges)
+        return (w >= bottom) & (w <= top)
+    code = element.encode(jnp.float32(element.largest), "nearest")
+    top = stored.replace(words=jnp.full_like(stored.words, code)).materialize()
+    return jnp.abs(w) <= top.astype(w.dtype)
