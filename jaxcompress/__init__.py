@@ -1,7 +1,11 @@
 """Model compression for JAX: pure function transforms over parameter pytrees."""
 
+from . import distill as distill
+from . import optim as optim
 from . import presets as presets
+from . import prune as prune
 from . import quant as quant
+from . import schedules as schedules
 from . import tree as tree
 from .layout import Axes as Axes
 from .leaf import Leaf as Leaf

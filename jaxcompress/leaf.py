@@ -121,6 +121,12 @@ class Leaf(abc.ABC):
     preserves_zeros: ClassVar[bool] = False
     """Whether a zero weight comes back as an exact zero."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether each weight has a stored element of its own, so that a mask survives."""
+
+    has_own_matmul: ClassVar[bool] = False
+    """Whether `dot_general` does other than dequantize and multiply."""
+
     # -- what every leaf defines
 
     @property
@@ -326,6 +332,16 @@ class StraightThrough(Leaf):
         return self.stored.preserves_zeros
 
     @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        """As the stored form is."""
+        return self.stored.elementwise
+
+    @property
+    def has_own_matmul(self) -> bool:  # type: ignore[override]
+        """As the stored form has."""
+        return self.stored.has_own_matmul
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
         return self.stored.shape
@@ -392,7 +408,7 @@ class StraightThrough(Leaf):
 
             return run(*primals), jax.jvp(reference, primals, tangents)[1]
 
-        if type(self.stored).dot_general is Leaf.dot_general:
+        if not self.has_own_matmul:
             return super().dot_general(
                 x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )

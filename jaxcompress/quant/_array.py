@@ -27,7 +27,7 @@ from jaxcompress.leaf import (
 )
 from jaxcompress.quant import _matmul
 from jaxcompress.quant._activations import Activations, fake_quantize_activations
-from jaxcompress.quant._elements import E4M3, Binary, Element, Integer, Table
+from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
 from jaxcompress.quant._rounding import power_of_two
 
@@ -78,6 +78,13 @@ class QuantizedArray(Leaf):
         if isinstance(self.element, Table):
             return 0.0 in self.element.values
         return not isinstance(self.element, Binary)
+
+    elementwise = True
+
+    @property
+    def has_own_matmul(self) -> bool:  # type: ignore[override]
+        """Whether activations are quantized too."""
+        return self.activations is not None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,6 +137,10 @@ class QuantizedArray(Leaf):
     def with_elements(self, codes: jax.Array) -> QuantizedArray:
         """The leaf with other codes ``uint8[*stack, *out, K]``, unpacked."""
         return self.replace(words=self.layout.from_storage(codes), packed=False, pad=0)
+
+    def without_elements(self) -> QuantizedArray:
+        """The leaf without its codes, which are stored elsewhere."""
+        return self.replace(words=None)
 
     def pack(self) -> QuantizedArray:
         """The stored form of a training view."""
@@ -320,8 +331,3 @@ def _grow(a: jax.Array, full: tuple[int, ...]) -> jax.Array:
         if a.shape[axis] != n:
             a = jnp.repeat(a, n // a.shape[axis], axis=axis)
     return a
-
-
-def is_int8(element: Element) -> bool:
-    """Whether codes are small signed integers."""
-    return isinstance(element, Integer) and element.symmetric and element.fraction == 0

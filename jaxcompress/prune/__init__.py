@@ -1,0 +1,9 @@
+"""Pruning: masks in training, bitmasks in storage."""
+
+from ._bitmask import BitmaskArray as BitmaskArray
+from ._masked import MaskedArray as MaskedArray
+from ._prune import PruneState as PruneState
+from ._prune import magnitude as magnitude
+from ._prune import random as random
+from ._threshold import lowest as lowest
+from ._threshold import magnitude_rank as magnitude_rank

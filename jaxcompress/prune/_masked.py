@@ -1,0 +1,134 @@
+"""`MaskedArray`: a weight in training, some of whose entries are held at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxcompress.leaf import (
+    FROZEN,
+    WEIGHT,
+    Leaf,
+    LayoutOp,
+    OrderError,
+    Ran,
+    component,
+    leaf_type,
+    map_value,
+    relayout,
+    relayout_array,
+)
+
+
+@leaf_type
+class MaskedArray(Leaf):
+    """``where(mask, inner, 0)``; the gradient of masked entries is zero.
+
+    Attributes:
+      inner: Array or leaf of the logical shape: the values.
+      mask: ``bool`` of the logical shape; true where a weight is kept.
+    """
+
+    inner: Any = component(role=WEIGHT)
+    mask: jax.Array = component(role=FROZEN)
+
+    preserves_zeros = True
+    elementwise = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return tuple(self.inner.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Logical dtype."""
+        return self.inner.dtype
+
+    @property
+    def method(self) -> str:
+        """``"masked"`` and the method of its values."""
+        inner = self.inner.method if isinstance(self.inner, Leaf) else "dense"
+        return f"masked {inner}"
+
+    def materialize(self) -> jax.Array:
+        """The dense values, exactly zero where masked."""
+        values = self.inner
+        dense = values.materialize() if isinstance(values, Leaf) else values
+        return jnp.where(self.mask, dense, jnp.zeros_like(dense))
+
+    def values(self) -> tuple[Any, ...]:
+        """The values, zero where masked."""
+        if isinstance(self.inner, Leaf):
+            return self.inner.values()
+        return (self.materialize(),)
+
+    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
+        """`f` of the masked values, under the same mask; masks intersect."""
+        if isinstance(self.inner, Leaf):
+            return self.replace(inner=map_value(f, self.inner))
+        return masked(f(self.materialize()), self.mask)
+
+    def relayout(self, op: LayoutOp) -> Leaf:
+        """Values and mask alike."""
+        values = relayout(self.inner, op)
+        if values is NotImplemented:
+            return NotImplemented
+        return self.replace(inner=values, mask=relayout_array(self.mask, op))
+
+    def stacked(self, ndim: int) -> Leaf:
+        """As the values are."""
+        if not isinstance(self.inner, Leaf):
+            return self
+        values = self.inner.stacked(ndim)
+        return values if values is NotImplemented else self.replace(inner=values)
+
+    @property
+    def has_own_matmul(self) -> bool:  # type: ignore[override]
+        """Whether the values have a rule that zeros pass through unchanged."""
+        inner = self.inner
+        return (
+            isinstance(inner, Leaf) and inner.has_own_matmul and inner.preserves_zeros
+        )
+
+    def dot_general(
+        self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
+    ) -> Ran:
+        """The rule of the values if they have one, since masked values are zeros."""
+        rule = self.inner.dot_general if self.has_own_matmul else super().dot_general
+        return rule(x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params)
+
+    def prepare_activations(self, x: jax.Array) -> jax.Array:
+        """As the values do."""
+        inner = self.inner
+        return inner.prepare_activations(x) if isinstance(inner, Leaf) else x
+
+    def component_specs(
+        self, spec: Sequence[Any], sizes: dict[Any, int]
+    ) -> MaskedArray:
+        """Values and mask alike."""
+        own = PartitionSpec(*spec)
+        inner = self.inner
+        values = inner.component_specs(spec, sizes) if isinstance(inner, Leaf) else own
+        return self.replace(inner=values, mask=own)
+
+
+def masked(value: Any, mask: jax.Array) -> MaskedArray:
+    """A value under a mask; of a value that is masked already, the intersection.
+
+    Raises:
+      OrderError: If `value` is a leaf that does not keep zeros where they are.
+    """
+    if isinstance(value, MaskedArray):
+        return value.replace(mask=value.mask & mask)
+    if isinstance(value, Leaf) and not value.elementwise:
+        raise OrderError(
+            f"{value.method} does not keep each weight where it is, so it would undo the "
+            "mask; put it before the mask in the chain."
+        )
+    return MaskedArray(inner=value, mask=mask)
