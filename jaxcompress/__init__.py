@@ -1,10 +1,12 @@
 """Model compression for JAX: pure function transforms over parameter pytrees."""
 
 from . import distill as distill
+from . import io as io
 from . import optim as optim
 from . import presets as presets
 from . import prune as prune
 from . import quant as quant
+from . import report as report
 from . import schedules as schedules
 from . import tree as tree
 from .layout import Axes as Axes

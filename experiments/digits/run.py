@@ -201,9 +201,7 @@ class Row(NamedTuple):
     latency_us: float
 
 
-def measure(
-    name: str, width: int, trees: list[Any], test: Part, out: Path
-) -> Row:
+def measure(name: str, width: int, trees: list[Any], test: Part, out: Path) -> Row:
     """Store each tree, load it back, and measure what was loaded."""
     apply = jc.lift(MLP(width).apply)
     file = out / f"{name.replace(' ', '_')}.jc"

@@ -116,9 +116,7 @@ class BitmaskArray(Leaf):
         value = f(expanded.materialize())
         if isinstance(value, BitmaskArray):
             value = value.expand()
-            expanded = MaskedArray(
-                inner=value.inner, mask=expanded.mask & value.mask
-            )
+            expanded = MaskedArray(inner=value.inner, mask=expanded.mask & value.mask)
             return store(expanded, self.layout)
         if isinstance(value, Leaf) and not value.elementwise:
             raise OrderError(
@@ -126,9 +124,7 @@ class BitmaskArray(Leaf):
                 "the mask; put it before the mask in the chain."
             )
         # The capacity is known already, also where the mask is traced.
-        return store(
-            expanded.replace(inner=value), self.layout, capacity=self.capacity
-        )
+        return store(expanded.replace(inner=value), self.layout, capacity=self.capacity)
 
     def relayout(self, op: LayoutOp) -> Leaf:
         """A cast keeps the storage; other operations expand it to a masked leaf."""

@@ -9,7 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxcompress.leaf import WEIGHT, Leaf, LayoutOp, component, leaf_type, relayout_array
+from jaxcompress.leaf import (
+    WEIGHT,
+    Leaf,
+    LayoutOp,
+    component,
+    leaf_type,
+    relayout_array,
+)
 
 
 @leaf_type

@@ -202,7 +202,11 @@ def nested_jit_shardings() -> Program:
         in_shardings=(NamedSharding(m, P(None, "d")), NamedSharding(m, P())),
         out_shardings=NamedSharding(m, P(None, "d")),
     )
-    return lambda p, x: inner(p["w"], x) + 1.0, {"w": normal(0, 8, 16)}, (normal(1, 3, 8),)
+    return (
+        lambda p, x: inner(p["w"], x) + 1.0,
+        {"w": normal(0, 8, 16)},
+        (normal(1, 3, 8),),
+    )
 
 
 @program
@@ -250,7 +254,9 @@ def vmap_over_weights() -> Program:
 
 @program
 def cond() -> Program:
-    fn = lambda p, x, t: lax.cond(t > 0, lambda w, x: x @ w, lambda w, x: x + 1.0, p["w"], x)
+    fn = lambda p, x, t: lax.cond(
+        t > 0, lambda w, x: x @ w, lambda w, x: x + 1.0, p["w"], x
+    )
     return fn, {"w": normal(0, 8, 8)}, (normal(1, 3, 8), jnp.array(1))
 
 
@@ -259,7 +265,11 @@ def cond_returns_weight() -> Program:
     def fn(p: Any, x: jax.Array, t: jax.Array) -> jax.Array:
         return x @ lax.cond(t > 0, lambda a, b: a, lambda a, b: b, p["a"], p["b"])
 
-    return fn, {"a": normal(0, 8, 8), "b": normal(1, 8, 8)}, (normal(2, 3, 8), jnp.array(0))
+    return (
+        fn,
+        {"a": normal(0, 8, 8), "b": normal(1, 8, 8)},
+        (normal(2, 3, 8), jnp.array(0)),
+    )
 
 
 @program
@@ -306,7 +316,11 @@ def custom_jvp() -> Program:
         (w, x), (dw, dx) = primals, tangents
         return x @ w, 2.0 * (x @ dw + dx @ w)
 
-    return lambda p, x: doubled_gradient(p["w"], x), {"w": normal(0, 8, 6)}, (normal(1, 3, 8),)
+    return (
+        lambda p, x: doubled_gradient(p["w"], x),
+        {"w": normal(0, 8, 6)},
+        (normal(1, 3, 8),),
+    )
 
 
 @program

@@ -156,7 +156,9 @@ def test_every_matmul_is_seen(name: str) -> None:
 def test_compressed_leaves_are_calibrated_too() -> None:
     fn, params, args = PROGRAMS["plain_function"]()
     dense, packed = (jc.calibrate(fn, p, [args]) for p in (params, disguise(params)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), dense, packed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), dense, packed
+    )
 
 
 def test_sharded_batches_give_the_same_statistics() -> None:
@@ -186,5 +188,7 @@ def test_errors() -> None:
         return x @ (p["w"] if x.shape[0] > 2 else p["w"].T)
 
     batches = [normal(0, 3, 4), normal(1, 2, 6)]
-    with pytest.raises(ValueError, match=r"batch 1 gives 'w' statistics of shape \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"batch 1 gives 'w' statistics of shape \(6,\)"
+    ):
         jc.calibrate(by_size, {"w": normal(2, 4, 6)}, batches)

@@ -142,7 +142,10 @@ def test_static_arguments_typed_keys_and_mutable_collections() -> None:
     variables = Model().init(jax.random.key(0), x, "loud", train=False)
     packed = {**variables, "params": disguise(variables["params"])}
     for train in (False, True):
-        kwargs: dict[str, Any] = {"train": train, "rngs": {"dropout": jax.random.key(1)}}
+        kwargs: dict[str, Any] = {
+            "train": train,
+            "rngs": {"dropout": jax.random.key(1)},
+        }
         if train:
             kwargs["mutable"] = ["batch_stats"]
         expected = Model().apply(variables, x, "loud", **kwargs)
@@ -302,10 +305,11 @@ def test_sharded_weights_give_the_same_result() -> None:
     packed = jc.compress(params, {"w": jc.quant.int8()})
     lifted = jax.jit(jc.lift(fn))
     placed = jax.device_put(
-        packed, jax.tree.map(
+        packed,
+        jax.tree.map(
             lambda s: NamedSharding(mesh(), s),
             jc.shardings(packed, {"w": P(None, "d")}, mesh()),
             is_leaf=lambda s: isinstance(s, P),
-        )
+        ),
     )
     np.testing.assert_allclose(lifted(placed, x), lifted(packed, x), rtol=1e-6)

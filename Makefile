@@ -1,0 +1,61 @@
+# Each target creates the environment it needs; nothing has to be installed first
+# but Python (3.11 or later) and make.
+
+PYTHON ?= python3
+VENV := .venv
+NEWEST := .venv-newest
+# Python 3.12, wherever it is; empty if there is none.
+PYTHON312 ?= $(shell command -v python3.12 2>/dev/null || ls -1 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python 2>/dev/null | tail -1)
+PIP_OPTIONS := --quiet --disable-pip-version-check
+
+.PHONY: demo test test-newest lint coverage slow bench clean
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/python -m experiments.digits.run
+
+test: lint
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+test-newest:
+ifeq ($(strip $(PYTHON312)),)
+	@echo "test-newest: skipped, there is no Python 3.12 here"
+else
+	@$(MAKE) --no-print-directory $(NEWEST)/.ready
+	$(NEWEST)/bin/python -c "import jax; print('jax', jax.__version__)"
+	$(NEWEST)/bin/python -m pytest -n 2
+endif
+
+coverage: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -n 2 --cov=jaxcompress --cov-report=term-missing:skip-covered
+
+slow: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m slow
+
+bench: $(VENV)/.ready-bench
+	for script in experiments/benchmarks/bench_*.py; do \
+	  $(VENV)/bin/python -m experiments.benchmarks.$$(basename $$script .py) || exit 1; \
+	done
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --upgrade "pip>=25.1"
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --editable . --group dev
+	touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --group bench
+	touch $@
+
+$(NEWEST)/.ready: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON312) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install $(PIP_OPTIONS) --upgrade "pip>=25.1"
+	$(NEWEST)/bin/python -m pip install $(PIP_OPTIONS) --upgrade --upgrade-strategy eager --editable . --group test
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) out build dist .pytest_cache .ruff_cache .hypothesis .coverage

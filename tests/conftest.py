@@ -1,0 +1,38 @@
+"""Eight host devices, strict promotion, NaN checks: set before JAX starts."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_nans", True)
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real data sets, where they are."""
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    path = Path(os.environ.get("JAXCOMPRESS_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no data at {path}; set JAXCOMPRESS_DATA")
+    return path
