@@ -51,8 +51,8 @@ def _demo(args: argparse.Namespace) -> int:
         digits = importlib.import_module("experiments.digits.run")
     except ModuleNotFoundError as error:
         print(
-            f"jaxcompress: the demo needs {error.name!r}. It runs from a source checkout: "
-            "`make demo` there installs what it needs.",
+            f"jaxcompress: the demo needs {error.name!r}. It runs from a source "
+            "checkout: `make demo` there installs what it needs.",
             file=sys.stderr,
         )
         return _FAILED

@@ -56,7 +56,7 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
 )
 def leaf_type(cls: _C) -> _C:
     """Freeze a `Leaf` class, register it as a pytree and enter it in `LEAF_TYPES`."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
+    cls = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)
     jax.tree_util.register_dataclass(
         cls,
@@ -70,7 +70,7 @@ def leaf_type(cls: _C) -> _C:
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def static_type(cls: _C) -> _C:
     """Freeze a dataclass of settings and enter it in `STATIC_TYPES`, for `io`."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[assignment]
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     STATIC_TYPES[cls.__name__] = cls
     return cls
 
@@ -126,6 +126,8 @@ class Leaf(abc.ABC):
 
     has_own_matmul: ClassVar[bool] = False
     """Whether `dot_general` does other than dequantize and multiply."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     # -- what every leaf defines
 
@@ -236,13 +238,13 @@ class Leaf(abc.ABC):
         """The array fields: name to (value, role); absent ones are left out."""
         return {
             f.name: (getattr(self, f.name), f.metadata["role"])
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            for f in dataclasses.fields(self)
             if "role" in f.metadata and getattr(self, f.name) is not None
         }
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method}, {self.dtype}{list(self.shape)})"
@@ -256,7 +258,7 @@ class Leaf(abc.ABC):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_arithmetic
     __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _no_arithmetic
     __neg__ = __pow__ = __rpow__ = __getitem__ = __array__ = _no_arithmetic
-    __iter__ = None  # type: ignore[assignment]
+    __iter__ = None
 
 
 class OrderError(ValueError):

@@ -72,8 +72,8 @@ def unpack(words: jax.Array, *, bits: int, count: int) -> jax.Array:
     """
     if words.dtype != jnp.uint8:
         raise TypeError(
-            f"unpack: words must be uint8; got {words.dtype}. Arithmetic over a tree of "
-            "compressed leaves (x * 2, averaging) corrupts codes: act on the params "
+            f"unpack: words must be uint8; got {words.dtype}. Arithmetic over a tree "
+            "of compressed leaves (x * 2, averaging) corrupts codes: act on the params "
             "before `compress`."
         )
     if bits == 8:

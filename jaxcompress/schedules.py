@@ -1,4 +1,4 @@
-"""Schedules: functions from a step to a value, for sparsities, temperatures, weights."""
+"""Schedules, from step to value: of sparsities, temperatures, loss weights."""
 
 from __future__ import annotations
 

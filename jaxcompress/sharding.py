@@ -28,7 +28,7 @@ def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
         message names the leaf and the sizes that can be cut.
     """
     sizes = dict(mesh.shape)
-    is_spec = lambda s: isinstance(s, PartitionSpec)  # noqa: E731
+    is_spec = lambda s: isinstance(s, PartitionSpec)
     structure = jax.tree.structure(tree, is_leaf=is_leaf)
     whole = jax.tree.unflatten(structure, range(structure.num_leaves))
     full = jax.tree.broadcast(specs, whole, is_leaf=is_spec)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import tree
 from jaxcompress.layout import Axes
@@ -57,12 +58,12 @@ class Site(NamedTuple):
 
     Attributes:
       path: Key path of the leaf.
-      index: Which of the leaf's values this is.
+      number: Which of the leaf's values this is.
       axes: Roles of its axes where the trace told them, else None.
     """
 
     path: str
-    index: int
+    number: int
     axes: Axes | None
 
 
@@ -257,7 +258,7 @@ class Selected(NamedTuple):
 jax.tree_util.register_pytree_with_keys(
     Selected,
     lambda s: (((jax.tree_util.GetAttrKey("state"), s.state),), s.paths),
-    lambda paths, children: Selected(paths, children[0]),
+    lambda paths, children: Selected(paths, *children),
 )
 
 
@@ -366,15 +367,15 @@ def check_weight(value: Any, path: str, who: str) -> None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         kind = type(value).__name__ if dtype is None else dtype
         raise TypeError(
-            f"{who}: weights must be real floating arrays; {path!r} is {kind}. Leave it "
-            "out of the rule, with where(pattern, exclude=...)."
+            f"{who}: weights must be real floating arrays; {path!r} is {kind}. Leave "
+            "it out of the rule, with where(pattern, exclude=...)."
         )
     if value.ndim == 0 or value.size == 0:
         raise ValueError(
             f"{who}: weights must have at least one axis and one element; {path!r} has "
             f"shape {value.shape}. Leave it out of the rule."
         )
-    if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         return
     if not bool(jnp.isfinite(jnp.asarray(value)).all()):
         bad = int(jnp.size(value) - jnp.isfinite(jnp.asarray(value)).sum())
@@ -387,5 +388,5 @@ def check_weight(value: Any, path: str, who: str) -> None:
 def leaf_key(key: jax.Array, site: Site) -> jax.Array:
     """A key for one value: the same for the same path, whatever else is in the tree."""
     return jax.random.fold_in(
-        key, zlib.crc32(f"{site.path}#{site.index}".encode()) & 0x7FFFFFFF
+        key, zlib.crc32(f"{site.path}#{site.number}".encode()) & 0x7FFFFFFF
     )

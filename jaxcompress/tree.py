@@ -204,8 +204,8 @@ def partition(tree: Any) -> tuple[Any, Any]:
       other holds the array; `merge` undoes it.
 
     Examples:
-      >>> partition({"w": jnp.zeros(2), "step": jnp.array(3)})[0]
-      {'w': Array([0., 0.], dtype=float32), 'step': None}
+      >>> partition({"step": jnp.array(3), "w": jnp.zeros(2)})[0]
+      {'step': None, 'w': Array([0., 0.], dtype=float32)}
     """
     trainable = trainable_mask(tree)
     keep = jax.tree.map(lambda x, t: x if t else None, tree, trainable)

@@ -1,0 +1,1 @@
+"""Low-bit kernels on raw arrays; knows only `jax`."""

@@ -129,7 +129,7 @@ def train_teacher(settings: Settings, part: Part, seed: int) -> Any:
     model = MLP(settings.teacher_width)
 
     def loss(params: Any, _: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = model.apply(params, x)
+        logits: Any = model.apply(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     params = model.init(jax.random.key(seed), part.x[:1])
@@ -151,8 +151,8 @@ def train_student(
 ) -> Any:
     """The packed student: pruned, distilled and quantized in each step."""
     model = MLP(settings.student_width)
-    teach = MLP(settings.teacher_width).apply
-    apply = jc.lift(model.apply)
+    teach: Callable[..., Any] = MLP(settings.teacher_width).apply
+    apply: Callable[..., Any] = jc.lift(model.apply)
     n = steps(settings, len(part.y))
     scheme = compression(settings, n, sparsity)
 
@@ -172,13 +172,13 @@ def train_student(
     return params, scheme.compress(params, jc.optim.state(opt_state))
 
 
-def accuracy(apply: Callable[..., jax.Array], params: Any, part: Part) -> float:
+def accuracy(apply: Callable[..., Any], params: Any, part: Part) -> float:
     """Percent of images classified right."""
     right = jax.jit(apply)(params, part.x).argmax(-1) == part.y
     return 100.0 * float(right.mean())
 
 
-def latency_us(apply: Callable[..., jax.Array], params: Any, x: jax.Array) -> float:
+def latency_us(apply: Callable[..., Any], params: Any, x: jax.Array) -> float:
     """Median time of one jitted call."""
     run = jax.jit(apply)
     jax.block_until_ready(run(params, x))

@@ -110,8 +110,8 @@ def _check(
 ) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"{who}: student and teacher must have the same shape (and vocabulary); got "
-            f"{student.shape} and {teacher.shape}."
+            f"{who}: student and teacher must have the same shape (and vocabulary); "
+            f"got {student.shape} and {teacher.shape}."
         )
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")

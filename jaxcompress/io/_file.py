@@ -318,8 +318,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
         raw = _Raw(path)
         if FORMAT not in raw.metadata:
             raise FileError(
-                f"{path}: a safetensors file, but without a jaxcompress manifest; it was "
-                "not written by jaxcompress.io.save."
+                f"{path}: a safetensors file, but without a jaxcompress manifest; it "
+                "was not written by jaxcompress.io.save."
             )
         manifest = _unsealed(raw.metadata[FORMAT], path)
         if list(raw.metadata) != [FORMAT]:
@@ -348,8 +348,8 @@ def _unsealed(text: str, path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: its manifest is not one of jaxcompress.")
     if manifest["version"] > VERSION:
         raise FileError(
-            f"{path}: it has format version {manifest['version']}; this library reads up to "
-            f"{VERSION}. Update jaxcompress."
+            f"{path}: it has format version {manifest['version']}; this library reads "
+            f"up to {VERSION}. Update jaxcompress."
         )
     return manifest
 
@@ -385,8 +385,8 @@ class _Raw:
         self.header_bytes = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
         if not 2 <= self.header_bytes <= len(data) - 8 or data[8:9] != b"{":
             raise FileError(
-                f"{path}: not a file written by jaxcompress.io.save, or its beginning is "
-                "damaged or cut off."
+                f"{path}: not a file written by jaxcompress.io.save, or its beginning "
+                "is damaged or cut off."
             )
         text = data[8 : 8 + self.header_bytes]
         self.body = data[8 + self.header_bytes :]

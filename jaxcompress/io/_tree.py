@@ -1,8 +1,8 @@
 """Parameter pytrees as plain arrays and JSON, and back.
 
 The JSON form tags every node with its kind: ``{"dict": [[key, node], ...]}``,
-``{"array": name}``, ``{"leaf": type, "components": ..., "static": ...}``. Arrays go to a
-flat mapping from names to NumPy arrays.
+``{"array": name}``, ``{"leaf": type, "components": ..., "static": ...}``. Arrays go
+to a flat mapping from names to NumPy arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 from jaxcompress.io._errors import FileError
 from jaxcompress.leaf import LEAF_TYPES, STATIC_TYPES, Leaf
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 
 
 def encode(tree: Any, *, abstract: bool = False) -> tuple[Any, Arrays]:
@@ -57,8 +57,8 @@ def _encode(node: Any, path: str, arrays: Arrays) -> Any:
         }
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         raise TypeError(
-            f"io.save: {path!r} is a named tuple ({type(node).__name__}), whose class a file "
-            "cannot name; save node._asdict() instead."
+            f"io.save: {path!r} is a named tuple ({type(node).__name__}), whose class "
+            "a file cannot name; save node._asdict() instead."
         )
     if isinstance(node, list | tuple):
         kind = "list" if isinstance(node, list) else "tuple"
@@ -83,7 +83,7 @@ def _key(key: Any, path: str) -> str | int:
 
 def _encode_array(a: Any, path: str, arrays: Arrays) -> Any:
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        arrays[path] = jax.random.key_data(a)  # type: ignore[assignment]
+        arrays[path] = np.asarray(jax.random.key_data(a))
         return {"key": path, "impl": str(jax.random.key_impl(a))}
     arrays[path] = a
     return {"array": path}
@@ -97,7 +97,7 @@ def _encode_leaf(leaf: Leaf, path: str, arrays: Arrays) -> Any:
             "class with jaxcompress.leaf.leaf_type."
         )
     components, settings = {}, {}
-    for f in dataclasses.fields(leaf):  # type: ignore[arg-type]
+    for f in dataclasses.fields(leaf):
         value = getattr(leaf, f.name)
         if "static" in f.metadata:
             settings[f.name] = encode_static(value, path)
@@ -174,9 +174,9 @@ def decode(node: Any, array: Callable[[str], Any], *, file: str) -> Any:
         case {"leaf": name, "components": components, "static": settings}:
             if name not in LEAF_TYPES:
                 raise FileError(
-                    f"{file}: it holds a leaf of the type {name!r}, which this version of "
-                    "jaxcompress does not know; update jaxcompress, or import the module "
-                    "that defines it."
+                    f"{file}: it holds a leaf of the type {name!r}, which this version "
+                    "of jaxcompress does not know; update jaxcompress, or import the "
+                    "module that defines it."
                 )
             return LEAF_TYPES[name](
                 **{k: go(v) for k, v in components.items()},
@@ -206,8 +206,8 @@ def decode_static(value: Any, *, file: str) -> Any:
         case {"settings": name, "fields": fields}:
             if name not in STATIC_TYPES:
                 raise FileError(
-                    f"{file}: it holds settings of the type {name!r}, which this version "
-                    "of jaxcompress does not know; update jaxcompress."
+                    f"{file}: it holds settings of the type {name!r}, which this "
+                    "version of jaxcompress does not know; update jaxcompress."
                 )
             inner = {k: decode_static(v, file=file) for k, v in fields.items()}
             return STATIC_TYPES[name](**inner)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.lift._trace import Tracer, refuse_closures
-from jaxcompress.lift._tracked import LiftError, Tracked, dense, track
+from jaxcompress.lift._tracked import LiftError, Tracked, track
 from jaxcompress.lift._walk import Taps, Use, Walker
 
 
@@ -203,7 +203,7 @@ def _in_weight_order(
 def _dot_rows(use: Use) -> tuple[jax.Array, None]:
     """``[*batch, rows, K]``; the batch axes are the weight's stacks."""
     contract, batch = use.eqn.params["dimension_numbers"]
-    i, j = use.index, 1 - use.index
+    i, j = use.position, 1 - use.position
     x = use.operands[j]
     contracted = _in_weight_order(use, tuple(contract[j]), tuple(contract[i]))
     order = sorted(range(len(batch[i])), key=lambda b: batch[i][b])
@@ -226,7 +226,7 @@ def _conv_rows(use: Use) -> tuple[jax.Array, None]:
             "batch_group_count > 1, which has no statistics; leave it out: where=..."
         )
     numbers = p["dimension_numbers"]
-    x = use.operands[1 - use.index]
+    x = use.operands[1 - use.position]
     groups = p["feature_group_count"]
     _, in_axis, *spatial = numbers.rhs_spec
     sizes = [use.weight.shape[a] for a in spatial]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+from jax.core import Tracer
 
 # Their sub-jaxprs combine scalars and cannot hold a weight.
 _SCALAR_BODIES = frozenset(
@@ -93,7 +94,7 @@ def given(sharding: Any) -> Any:
 
 def is_concrete(tree: Any) -> bool:
     """Whether no array of a pytree is being traced."""
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def varying_axes(x: Any) -> frozenset[str]:

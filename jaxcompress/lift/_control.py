@@ -206,8 +206,9 @@ def _while(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
 def _no_taps(taps: dict[str, Any]) -> None:
     if taps:
         raise LiftError(
-            f"calibrate: {next(iter(taps))!r} is used inside a while loop, out of which "
-            "no statistics can come; use lax.scan, or fori_loop with static bounds."
+            f"calibrate: {next(iter(taps))!r} is used inside a while loop, out of "
+            "which no statistics can come; use lax.scan, or fori_loop with static "
+            "bounds."
         )
 
 

@@ -143,7 +143,7 @@ def _site(path: str, event: Use | Dense, how: str, axes: Axes | None) -> UseSite
 
 
 def site_axes(sites: tuple[UseSite, ...]) -> dict[str, Axes]:
-    """Roles of the axes of each weight: those of its first matmul, else of a look-up."""
+    """Roles of the axes of each weight: of its first matmul, else of a look-up."""
     axes: dict[str, Axes] = {}
     for lookup in (False, True):
         for site in sites:

@@ -55,7 +55,7 @@ def lift(
       >>> import jax.numpy as jnp
       >>> import jaxcompress as jc
       >>> w = jc.quant.quantize(jnp.eye(4), jc.quant.int8())
-      >>> lift(lambda w, x: x @ w)(w, jnp.ones((1, 4))).tolist()
+      >>> lift(lambda w, x: x @ w)(w, jnp.ones((1, 4))).round(4).tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
     _one_of("on_dense", on_dense, ("allow", "warn", "error"))
@@ -99,7 +99,7 @@ def wrap(fn: Callable[..., R], scheme: Transform, **options: Any) -> Callable[..
       >>> scheme = jc.quant.weights(jc.quant.int8())
       >>> params, state = scheme.init({"w": jnp.eye(4)})
       >>> apply = wrap(lambda p, x: x @ p["w"], scheme)
-      >>> apply(params, state, jnp.ones((1, 4))).tolist()
+      >>> apply(params, state, jnp.ones((1, 4))).round(4).tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
     lifted = lift(fn, **options)

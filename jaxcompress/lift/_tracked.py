@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from jaxcompress.layout import Axes
-from jaxcompress.leaf import Cast, Leaf, LayoutOp, Reshape, Transpose, relayout
+from jaxcompress.leaf import Cast, LayoutOp, Leaf, Reshape, Transpose, relayout
 from jaxcompress.lift import _compat
 from jaxcompress.tree import flatten, unflatten
-
 
 EITHER = " | "
 """Joins the paths of weights of which a conditional chose one."""
@@ -74,7 +73,7 @@ class Tracked:
         return self.value.materialize() if self.compressed else self.value
 
     def relayout(self, op: LayoutOp) -> Tracked:
-        """After a layout operation, or ``NotImplemented`` if a leaf cannot follow it."""
+        """After a layout operation, or ``NotImplemented`` if a leaf cannot follow."""
         value = relayout(self.value, op)
         if value is NotImplemented:
             return NotImplemented

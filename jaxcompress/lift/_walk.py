@@ -26,7 +26,7 @@ from jaxcompress.lift._layout_ops import LAYOUT_OPS, rows, take_rows
 from jaxcompress.lift._tracked import LiftError, Tracked, dense
 
 Taps = dict[str, Any]
-"""What `visit` returns beside the weight: arrays by name, carried out of the program."""
+"""What `visit` returns beside the weight: arrays by name, for the caller."""
 
 
 class Use(NamedTuple):
@@ -35,7 +35,7 @@ class Use(NamedTuple):
     Attributes:
       eqn: The equation.
       weight: The weight.
-      index: Which operand it is.
+      position: Which operand it is.
       operands: All operands, dense but for the weight.
       contracted: Contracted axes of the weight as it stands here.
       batch: Its batch axes.
@@ -45,7 +45,7 @@ class Use(NamedTuple):
 
     eqn: Any
     weight: Tracked
-    index: int
+    position: int
     operands: tuple[Any, ...]
     contracted: tuple[int, ...]
     batch: tuple[int, ...]
@@ -91,7 +91,7 @@ class Walker:
       merge: Combines two taps of one name.
       fold: Reduces a tap stacked by a scan over which its weight did not vary.
       inline: Enter nested jits instead of emitting them: each site is then seen.
-      custom_vjp: ``"error"``, ``"inline"`` or ``"opaque"``, for those with a use inside.
+      custom_vjp: ``"error"``, ``"inline"`` or ``"opaque"``, where one has a use.
     """
 
     visit: Callable[[Use], tuple[Tracked, Taps]] = _visit_nothing
@@ -233,7 +233,7 @@ class Target(NamedTuple):
 
 
 def _which(values: list[Any]) -> int:
-    """The operand that is a weight; of two, the right one unless only the left is packed."""
+    """The operand that is a weight; of two the right, or the only packed one."""
     first, second = values[0], values[1]
     if not isinstance(second, Tracked):
         return 0

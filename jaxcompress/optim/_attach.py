@@ -66,13 +66,14 @@ def attach(
         return AttachState(tx.init(params), scheme_state)
 
     def update(
-        grads: Any, state: AttachState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, AttachState]:
         if params is None:
             raise ValueError(
-                "optim.attach: update needs the parameters; call tx.update(grads, state, "
-                "params)."
+                "optim.attach: update needs the parameters; call tx.update(grads, "
+                "state, params)."
             )
+        grads = updates
         updates, inner = tx.update(grads, state.inner, params, **extra)
         moved = optax.apply_updates(params, updates)
         held, scheme_state = scheme.update(moved, state.scheme, grads=grads)
@@ -107,7 +108,7 @@ def state(opt_state: Any) -> Any:
       ValueError: If there is none, or more than one.
     """
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    is_ours = lambda x: isinstance(x, AttachState)  # noqa: E731
+    is_ours = lambda x: isinstance(x, AttachState)
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(s)]
     if len(found) != 1:
         raise ValueError(

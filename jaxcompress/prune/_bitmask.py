@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jaxcompress import packing
@@ -22,8 +23,8 @@ from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,
     Cast,
-    Leaf,
     LayoutOp,
+    Leaf,
     OrderError,
     Ran,
     component,
@@ -120,8 +121,8 @@ class BitmaskArray(Leaf):
             return store(expanded, self.layout)
         if isinstance(value, Leaf) and not value.elementwise:
             raise OrderError(
-                f"{value.method} does not keep each weight where it is, so it would undo "
-                "the mask; put it before the mask in the chain."
+                f"{value.method} does not keep each weight where it is, so it would "
+                "undo the mask; put it before the mask in the chain."
             )
         # The capacity is known already, also where the mask is traced.
         return store(expanded.replace(inner=value), self.layout, capacity=self.capacity)
@@ -217,18 +218,19 @@ def store(
 
 
 def _capacity(rows: jax.Array, capacity: int | None) -> int:
-    if isinstance(rows, jax.core.Tracer):
+    if isinstance(rows, Tracer):
         if capacity is None:
             raise jax.errors.ConcretizationTypeError(
                 rows,
-                "prune: how many weights are kept depends on the mask, which is traced; "
-                "call compress outside jit, or prune to a constant sparsity.",
+                "prune: how many weights are kept depends on the mask, which is "
+                "traced; call compress outside jit, or prune to a constant sparsity.",
             )
         return capacity
     most = int(rows.sum(-1).max()) if math.prod(rows.shape) else 0
     if capacity is not None and capacity < most:
         raise ValueError(
-            f"prune: capacity must hold the {most} weights that are kept; got {capacity}."
+            f"prune: capacity must hold the {most} weights that are kept; got "
+            f"{capacity}."
         )
     return most if capacity is None else capacity
 

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxcompress.leaf import (
     FROZEN,
     WEIGHT,
-    Leaf,
     LayoutOp,
+    Leaf,
     OrderError,
     Ran,
     component,
@@ -128,7 +128,7 @@ def masked(value: Any, mask: jax.Array) -> MaskedArray:
         return value.replace(mask=value.mask & mask)
     if isinstance(value, Leaf) and not value.elementwise:
         raise OrderError(
-            f"{value.method} does not keep each weight where it is, so it would undo the "
-            "mask; put it before the mask in the chain."
+            f"{value.method} does not keep each weight where it is, so it would undo "
+            "the mask; put it before the mask in the chain."
         )
     return MaskedArray(inner=value, mask=mask)

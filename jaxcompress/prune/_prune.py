@@ -140,7 +140,7 @@ def _scored(
 
     def view(params: Any, state: PruneState) -> Any:
         def apply(w: jax.Array, site: Site) -> MaskedArray:
-            return MaskedArray(inner=w, mask=state.masks[site.path][site.index])
+            return MaskedArray(inner=w, mask=state.masks[site.path][site.number])
 
         return map_values(apply, params, by=by)
 
@@ -156,14 +156,14 @@ def _scored(
             )
 
         def hold(w: jax.Array, site: Site) -> jax.Array:
-            return jnp.where(masks[site.path][site.index], w, jnp.zeros_like(w))
+            return jnp.where(masks[site.path][site.number], w, jnp.zeros_like(w))
 
         return map_values(hold, params, by=by), PruneState(masks, step)
 
     def compress(params: Any, state: PruneState) -> Any:
         def apply(w: jax.Array, site: Site) -> Any:
             found = roles(w, site)
-            leaf = MaskedArray(inner=w, mask=state.masks[site.path][site.index])
+            leaf = MaskedArray(inner=w, mask=state.masks[site.path][site.number])
             capacity = None
             if not callable(sparsity) and scope == "layer":
                 n = math.prod(w.shape[found.stack :])
@@ -178,7 +178,8 @@ def _scored(
 def _check_options(by: str, sparsity: Any, scope: str, every: int) -> None:
     if not callable(sparsity) and not 0.0 <= sparsity < 1.0:
         raise ValueError(
-            f"{by}: sparsity is the fraction pruned and must be in [0, 1); got {sparsity}."
+            f"{by}: sparsity is the fraction pruned and must be in [0, 1); got "
+            f"{sparsity}."
         )
     if scope not in ("layer", "global"):
         raise ValueError(f"{by}: scope must be 'layer' or 'global'; got {scope!r}.")
@@ -204,7 +205,7 @@ def _masks(
     """New masks, within the old ones: what was pruned ranks lowest."""
 
     def ranked(w: jax.Array, site: Site) -> jax.Array:
-        kept = masks[site.path][site.index]
+        kept = masks[site.path][site.number]
         return jnp.where(kept, rank(w, site) + jnp.uint32(1), jnp.uint32(0))
 
     def by_layer(w: jax.Array, site: Site) -> jax.Array:

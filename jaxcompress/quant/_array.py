@@ -16,8 +16,8 @@ from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,
     Cast,
-    Leaf,
     LayoutOp,
+    Leaf,
     Ran,
     component,
     dense_dot_general,
@@ -129,8 +129,8 @@ class QuantizedArray(Leaf):
         if self.words.dtype != jnp.uint8:
             raise TypeError(
                 f"QuantizedArray: words must be uint8; got {self.words.dtype}. "
-                "Arithmetic over a tree of compressed leaves (x * 2, averaging) corrupts "
-                "codes: act on the params before `compress`."
+                "Arithmetic over a tree of compressed leaves (x * 2, averaging) "
+                "corrupts codes: act on the params before `compress`."
             )
         return self.words
 
@@ -251,8 +251,8 @@ class QuantizedArray(Leaf):
         if self.activation_scale.size > 1:
             raise ValueError(
                 f"{self.label}: static activations with one scale a stack entry, of "
-                f"shape {self.activation_scale.shape}, need the stack sliced (scan over "
-                "the layers); a batched matmul needs dynamic activations."
+                f"shape {self.activation_scale.shape}, need the stack sliced (scan "
+                "over the layers); a batched matmul needs dynamic activations."
             )
         ones = (1,) * ndim
         zero = (
@@ -293,7 +293,8 @@ class QuantizedArray(Leaf):
             elif n % _parts(entry, sizes):
                 raise ValueError(
                     f"{self.label}: {n} blocks of scales along storage axis {i} cannot "
-                    f"be cut in {_parts(entry, sizes)} parts; shard it by a divisor of {n}."
+                    f"be cut in {_parts(entry, sizes)} parts; shard it by a divisor of "
+                    f"{n}."
                 )
         return PartitionSpec(*entries)
 
@@ -313,8 +314,9 @@ class QuantizedArray(Leaf):
         ]
         if self.pad or parts not in able:
             raise ValueError(
-                f"{self.label}: axis {axis} of size {size} cannot be cut in {parts} parts "
-                f"inside words or groups; it can be cut in {[] if self.pad else able}."
+                f"{self.label}: axis {axis} of size {size} cannot be cut in {parts} "
+                "parts inside words or groups; it can be cut in "
+                f"{[] if self.pad else able}."
             )
 
 

@@ -54,7 +54,7 @@ class NumberFormat:
     """
 
     element: Element
-    granularity: Granularity = PerChannel()  # noqa: RUF009 - frozen
+    granularity: Granularity = PerChannel()
     scale: ScaleFormat = "float32"
     axes: Axes | int | tuple[int, ...] | None = None
     rounding: Rounding = "nearest"
@@ -122,14 +122,15 @@ def number_format(
     scale = np.dtype(scale_dtype).name
     if scale not in SCALE_FORMATS[:3]:
         raise ValueError(
-            f"{element.label}: scale_dtype must be one of {SCALE_FORMATS[:3]}; got {scale}."
+            f"{element.label}: scale_dtype must be one of {SCALE_FORMATS[:3]}; got "
+            f"{scale}."
         )
     if granularity is None:
         granularity = PerChannel() if group_size is None else PerGroup(size=group_size)
     return NumberFormat(
         element=element,
         granularity=granularity,
-        scale=scale,  # type: ignore[arg-type]
+        scale=scale,
         axes=axes if not isinstance(axes, list) else tuple(axes),
         rounding=rounding,
         clip_gradient=clip_gradient,
@@ -323,7 +324,7 @@ def mxfp8(*, element: Minifloat = E4M3, **options: Any) -> NumberFormat:
 
 
 def mxfp6(*, element: Minifloat = E3M2, **options: Any) -> NumberFormat:
-    """Blocks of 32 fp6 values (e3m2, or ``element=E2M3``) with a shared power of two."""
+    """Blocks of 32 fp6 values (e3m2, or ``element=E2M3``) and a shared power of two."""
     return _block(element, "e8m0", 32, f"mx{element.label}", options)
 
 

@@ -43,7 +43,7 @@ class Site(NamedTuple):
         dimension_numbers: Any,
         leaf_is_lhs: bool,
     ) -> Site | None:
-        """The site, or None if the leaf's contracting axes are not what it contracts."""
+        """The site, or None if it does not contract the leaf's contracting axes."""
         contract, batch = dimension_numbers
         i, j = (0, 1) if leaf_is_lhs else (1, 0)
         rank = len(leaf.shape)
@@ -78,7 +78,7 @@ class Site(NamedTuple):
 
 
 def fits_int8(leaf: QuantizedArray) -> bool:
-    """Whether weight and activations are symmetric integers with scales outside the sum."""
+    """Whether both operands are symmetric integers, their scales outside the sum."""
     act = leaf.activations
     whole = isinstance(leaf.element, Ternary) or (
         isinstance(leaf.element, Integer)
@@ -99,7 +99,7 @@ def fits_int8(leaf: QuantizedArray) -> bool:
 def int8_dot(
     leaf: QuantizedArray, x: jax.Array, site: Site, params: dict[str, Any]
 ) -> Ran:
-    """``int8 x int8 -> int32``, then the scales; the gradient of the fake-quantized dot."""
+    """``int8 x int8 -> int32``, then scales; gradients of the fake-quantized dot."""
 
     @jax.custom_jvp
     def run(leaf: QuantizedArray, x: jax.Array) -> jax.Array:
@@ -145,7 +145,7 @@ def _run(
 def _encoded(
     leaf: QuantizedArray, x: jax.Array, site: Site
 ) -> tuple[jax.Array, jax.Array]:
-    """int8 activations ``[*batch, *free, K]`` and their scale ``[*batch, *free, 1]``."""
+    """int8 activations ``[*batch, *free, K]``, and scales ``[*batch, *free, 1]``."""
     act = leaf.activations
     assert act is not None
     axes = tuple(a for a, _ in site.batch)

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from jaxcompress.leaf import (
     WEIGHT,
-    Leaf,
     LayoutOp,
+    Leaf,
     component,
     leaf_type,
     relayout_array,

@@ -62,7 +62,8 @@ def test_scanned_layers_are_stacked() -> None:
     for w in np.asarray(params["w"], np.float64):
         inputs.append(h)
         h = np.tanh(h @ w)
-    assert stats.gram is not None and stats.gram.shape == (3, 8, 8)
+    assert stats.gram is not None
+    assert stats.gram.shape == (3, 8, 8)
     assert_statistics(stats, stack([oracle(i) for i in inputs]))
 
 
