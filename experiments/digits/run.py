@@ -39,18 +39,18 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher_width: int = 512
-    student_width: int = 256
+    student_width: int = 320
     epochs: int = 60
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     jitter: float = 0.2
-    sparsity: float = 0.8
+    sparsity: float = 0.7
     bits: int = 4
     group_size: int = 64
     temperature: float = 4.0
     alpha: float = 0.9
-    sweep: tuple[float, ...] = (0.5, 0.9, 0.95)
+    sweep: tuple[float, ...] = (0.5, 0.9)
 
 
 class MLP(nn.Module):
@@ -82,31 +82,29 @@ def load() -> tuple[Part, Part, Part]:
     )
 
 
-def train(
+def minimize(
     loss: Callable[..., jax.Array],
     tx: optax.GradientTransformationExtraArgs,
     params: Any,
-    train_part: Part,
-    *,
-    seed: int,
+    part: Part,
+    key: jax.Array,
     settings: Settings,
 ) -> tuple[Any, Any]:
     """Minimize ``loss(params, opt_state, x, y)``, all steps in one `lax.scan`."""
-    n = len(train_part.y)
+    n = len(part.y)
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         params, opt_state = carry
         choose, jitter = jax.random.split(key)
         index = jax.random.choice(choose, n, (settings.batch,), replace=False)
-        x = train_part.x[index]
+        x = part.x[index]
         x = x + settings.jitter * jax.random.normal(jitter, x.shape)
-        grads = jax.grad(loss)(params, opt_state, x, train_part.y[index])
+        grads = jax.grad(loss)(params, opt_state, x, part.y[index])
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    keys = jax.random.split(jax.random.key(seed), steps(settings, n))
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), keys)[0])
-    return run(params)
+    keys = jax.random.split(key, steps(settings, n))
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
 
 
 def steps(settings: Settings, examples: int) -> int:
@@ -124,7 +122,7 @@ def optimizer(settings: Settings, n: int) -> optax.GradientTransformationExtraAr
     )
 
 
-def train_teacher(settings: Settings, part: Part, seed: int) -> Any:
+def train_teacher(settings: Settings, part: Part, key: jax.Array) -> Any:
     """A dense float32 network."""
     model = MLP(settings.teacher_width)
 
@@ -132,12 +130,12 @@ def train_teacher(settings: Settings, part: Part, seed: int) -> Any:
         logits: Any = model.apply(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    params = model.init(jax.random.key(seed), part.x[:1])
     tx = optimizer(settings, steps(settings, len(part.y)))
-    return train(loss, tx, params, part, seed=seed, settings=settings)[0]
+    params = model.init(key, part.x[:1])
+    return minimize(loss, tx, params, part, key, settings)[0]
 
 
-def compression(settings: Settings, n: int, sparsity: float) -> jc.Transform:
+def compression(settings: Settings, n: int, sparsity: Any) -> Any:
     """Prune on a cubic schedule over the middle of training, then int4."""
     magnitude = jc.prune.magnitude(
         sparsity=jc.schedules.cubic(0.0, sparsity, begin=n // 10, end=7 * n // 10)
@@ -147,9 +145,13 @@ def compression(settings: Settings, n: int, sparsity: float) -> jc.Transform:
 
 
 def train_student(
-    settings: Settings, part: Part, teacher: Any, seed: int, sparsity: float
-) -> Any:
-    """The packed student: pruned, distilled and quantized in each step."""
+    settings: Settings,
+    part: Part,
+    teacher: Any,
+    key: jax.Array,
+    sparsity: float | jax.Array,
+) -> tuple[Any, Any]:
+    """Prune, distil and quantize in each step; returns params and scheme state."""
     model = MLP(settings.student_width)
     teach: Callable[..., Any] = MLP(settings.teacher_width).apply
     apply: Callable[..., Any] = jc.lift(model.apply)
@@ -157,19 +159,18 @@ def train_student(
     scheme = compression(settings, n, sparsity)
 
     def loss(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = apply(scheme.view(params, jc.optim.state(opt_state)), x)
         return jc.distill.mix(
-            logits,
+            apply(scheme.view(params, jc.optim.state(opt_state)), x),
             teach(teacher, x),
             y,
             temperature=settings.temperature,
             alpha=settings.alpha,
         ).mean()
 
-    params, _ = scheme.init(model.init(jax.random.key(seed), part.x[:1]))
     tx = jc.optim.attach(optimizer(settings, n), scheme)
-    params, opt_state = train(loss, tx, params, part, seed=seed, settings=settings)
-    return params, scheme.compress(params, jc.optim.state(opt_state))
+    params, _ = scheme.init(model.init(key, part.x[:1]))
+    params, opt_state = minimize(loss, tx, params, part, key, settings)
+    return params, jc.optim.state(opt_state)
 
 
 def accuracy(apply: Callable[..., Any], params: Any, part: Part) -> float:
@@ -244,12 +245,20 @@ def run(settings: Settings, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     train_part, validation, test = load()
-    fit_teacher = functools.partial(train_teacher, settings, train_part)
-    fit_student = functools.partial(train_student, settings, train_part)
+    fit_teacher = jax.jit(functools.partial(train_teacher, settings, train_part))
+    fit_student = jax.jit(functools.partial(train_student, settings, train_part))
 
-    teachers = [fit_teacher(s) for s in track(settings.seeds, "teachers")]
+    def student(teacher: Any, seed: int, sparsity: float) -> tuple[Any, Any]:
+        """Parameters as trained, and as stored."""
+        params, state = fit_student(teacher, jax.random.key(seed), sparsity)
+        n = steps(settings, len(train_part.y))
+        return params, compression(settings, n, sparsity).compress(params, state)
+
+    teachers = [
+        fit_teacher(jax.random.key(s)) for s in track(settings.seeds, "teachers")
+    ]
     students = [
-        fit_student(teacher, seed, settings.sparsity)
+        student(teacher, seed, settings.sparsity)
         for teacher, seed in track(
             list(zip(teachers, settings.seeds, strict=True)), "students"
         )
@@ -263,10 +272,10 @@ def run(settings: Settings, out: Path) -> dict[str, Any]:
     print()
     print(jc.report.size(packed[0]))
 
-    apply = jc.lift(MLP(settings.student_width).apply)
+    apply: Callable[..., Any] = jc.lift(MLP(settings.student_width).apply)
     curve = [(settings.sparsity, packed[0])]
     for sparsity in track(settings.sweep, "trade-off"):
-        curve.append((sparsity, fit_student(teachers[0], 0, sparsity)[1]))
+        curve.append((sparsity, student(teachers[0], settings.seeds[0], sparsity)[1]))
     points = [
         {
             "sparsity": sparsity,
