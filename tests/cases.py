@@ -1,0 +1,88 @@
+"""Every method of the library, in one table: the laws hold for each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+
+import jaxcompress as jc
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A public function and the options that make it a rule."""
+
+    fn: Callable[..., Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keeps_zeros: bool = True
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "key")
+        return f"{self.fn.__name__}({options})"
+
+    def rule(self) -> Any:
+        """A number format or transform."""
+        return self.fn(**self.options)
+
+
+def preset(name: str) -> Callable[[], Any]:
+    """A preset as a function; static activations with a scale."""
+
+    def make() -> Any:
+        fmt = getattr(jc.presets, name)
+        static = fmt.activations is not None and fmt.activations.static
+        return jc.quant.weights(fmt, activation_scale=0.02) if static else fmt
+
+    make.__name__ = name
+    return make
+
+
+PRESETS = tuple(
+    name
+    for name, value in vars(jc.presets).items()
+    if isinstance(value, jc.quant.NumberFormat)
+)
+
+q = jc.quant
+CASES = (
+    Case(jc.identity),
+    *(Case(f) for f in (q.int2, q.int3, q.int4, q.int5, q.int6, q.int7, q.int8)),
+    Case(q.int4, {"group_size": 16}),
+    Case(q.int4, {"granularity": q.PerTensor()}),
+    Case(q.int4, {"granularity": q.Block2D(out=8, contract=8)}),
+    Case(q.int4, {"symmetric": False, "group_size": 16}),
+    Case(q.integer, {"bits": 3, "symmetric": False}),
+    Case(q.integer, {"bits": 8, "narrow": False}),
+    Case(q.ternary),
+    Case(q.binary, keeps_zeros=False),
+    *(Case(f) for f in (q.fp8_e4m3, q.fp8_e5m2, q.fp6_e3m2, q.fp6_e2m3, q.fp4_e2m1)),
+    Case(q.nf4),
+    *(Case(f, {"bits": 4}) for f in (q.log, q.normal, q.lloyd)),
+    Case(q.table, {"values": (-1.0, -0.25, 0.0, 0.5, 1.0)}),
+    *(Case(f) for f in (q.mxfp8, q.mxfp6, q.mxfp4, q.mxint8, q.nvfp4)),
+    Case(q.mxfp8, {"element": q.E5M2}),
+    Case(
+        q.weights,
+        {"fmt": q.int4(rounding="stochastic"), "key": jax.random.key(1)},
+    ),
+    *(Case(preset(name)) for name in PRESETS),
+    Case(jc.prune.magnitude, {"sparsity": 0.5}),
+    Case(jc.prune.magnitude, {"sparsity": 0.7, "scope": "global"}),
+    Case(jc.prune.random, {"sparsity": 0.3, "key": jax.random.key(2)}),
+)
+
+
+def methods(module: ModuleType) -> set[str]:
+    """Public functions of a family that return a number format or a transform."""
+    return {
+        name
+        for name, f in vars(module).items()
+        if inspect.isfunction(f)
+        and not name.startswith("_")
+        and f.__annotations__.get("return") in ("NumberFormat", "Transform")
+    }
