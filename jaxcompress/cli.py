@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jaxcompress import __version__, io, report
 
-_OK, _FAILED, _USAGE = 0, 1, 2
+_OK, _FAILED = 0, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -457,7 +457,7 @@ def dense_dot_general(
     **params: Any,
 ) -> Ran:
     """Dequantize, then the dense `dot_general`: the rule every leaf falls back on."""
-    w = settle(leaf.materialize())
+    w = dequantize(leaf)
     operands = (w, x) if leaf_is_lhs else (x, w)
     return Ran(
         jax.lax.dot_general(*operands, dimension_numbers, **params), "dequantized dot"
@@ -465,14 +465,14 @@ def dense_dot_general(
 
 
 @jax.jit
-def settle(w: jax.Array) -> jax.Array:
-    """Compute `w` before what uses it, where fusing the two would change its bits.
+def dequantize(leaf: Leaf) -> jax.Array:
+    """`leaf.materialize()`, for the operand of a matmul or convolution.
 
     XLA's CPU back end picks another summation order for a dot whose operand it
     fuses; a barrier makes the training view and the stored leaf run the same
     program from here on. Elsewhere the fusion is what makes low bits fast.
-    (Jitted so that the choice of platform is traced once a shape.)
+    (Jitted so that leaves alike are traced once.)
     """
     return jax.lax.platform_dependent(
-        w, cpu=jax.lax.optimization_barrier, default=lambda a: a
+        leaf.materialize(), cpu=jax.lax.optimization_barrier, default=lambda w: w
     )

@@ -77,7 +77,7 @@ def unpack(words: jax.Array, *, bits: int, count: int) -> jax.Array:
             "before `compress`."
         )
     if bits == 8:
-        return words
+        return words[..., :count]
     per, span = _period(bits)
     *lead, n = words.shape
     words = jnp.pad(words, [(0, 0)] * len(lead) + [(0, -n % span)])

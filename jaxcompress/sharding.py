@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcompress.leaf import Leaf, is_leaf
+from jaxcompress.tree import path_str
 
 
 def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -36,12 +37,33 @@ def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
     def one(path: Any, leaf: Any, spec: PartitionSpec) -> Any:
         if not isinstance(leaf, Leaf):
             return spec
+        where = path_str(path)
+        _check(spec, leaf, sizes, where)
         try:
             return leaf.component_specs(
                 (*spec, *[None] * (leaf.ndim - len(spec))), sizes
             )
         except ValueError as error:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"shardings: at {where!r}: {error}") from None
 
     return jax.tree_util.tree_map_with_path(one, tree, full, is_leaf=is_leaf)
+
+
+def _check(spec: PartitionSpec, leaf: Leaf, sizes: dict[Any, int], where: str) -> None:
+    if len(spec) > leaf.ndim:
+        raise ValueError(
+            f"shardings: at {where!r}: a spec has at most one entry for each of the "
+            f"{leaf.ndim} axes of {leaf!r}; got {spec}."
+        )
+    named = {n for entry in spec for n in _names(entry)}
+    if unknown := named - sizes.keys():
+        raise ValueError(
+            f"shardings: at {where!r}: {spec} names {sorted(unknown)}, but the mesh "
+            f"has the axes {list(sizes)}."
+        )
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,9 +36,13 @@ def encode(tree: Any, *, abstract: bool = False) -> tuple[Any, Arrays]:
     """
     arrays: Arrays = {}
     structure = _encode(tree, "", arrays)
-    return structure, arrays if abstract else {
-        k: np.asarray(a) for k, a in arrays.items()
-    }
+    return structure, arrays if abstract else {k: _host(a) for k, a in arrays.items()}
+
+
+def _host(a: Any) -> np.ndarray:
+    """In host memory, little-endian."""
+    a = np.asarray(a)
+    return a.astype(a.dtype.newbyteorder("<")) if a.dtype.byteorder == ">" else a
 
 
 def _encode(node: Any, path: str, arrays: Arrays) -> Any:
@@ -49,7 +53,7 @@ def _encode(node: Any, path: str, arrays: Arrays) -> Any:
         return {"FrozenDict": _encode(dict(node), path, arrays)}
     if isinstance(node, Leaf):
         return _encode_leaf(node, path, arrays)
-    if isinstance(node, Mapping):
+    if type(node) is dict:
         return {
             "dict": [
                 [_key(k, path), _encode(v, below(k), arrays)] for k, v in node.items()
@@ -83,10 +87,30 @@ def _key(key: Any, path: str) -> str | int:
 
 def _encode_array(a: Any, path: str, arrays: Arrays) -> Any:
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        arrays[path] = np.asarray(jax.random.key_data(a))
-        return {"key": path, "impl": str(jax.random.key_impl(a))}
-    arrays[path] = a
-    return {"array": path}
+        name = _enter(jax.random.key_data(a), path, arrays)
+        return {"key": name, "impl": str(jax.random.key_impl(a))}
+    if not _is_number(a.dtype):
+        raise TypeError(
+            f"io.save: {path!r} is an array of {a.dtype}, which files cannot hold; "
+            "save numbers and booleans."
+        )
+    return {"array": _enter(a, path, arrays)}
+
+
+def _is_number(dtype: Any) -> bool:
+    if dtype.kind in "mM":
+        return False
+    return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
+
+
+def _enter(a: Any, path: str, arrays: Arrays) -> str:
+    """Give an array its name: the path, unless that is taken or reserved."""
+    name, n = path, 1
+    while name in arrays or name == "__metadata__":
+        n += 1
+        name = f"{path}#{n}"
+    arrays[name] = a
+    return name
 
 
 def _encode_leaf(leaf: Leaf, path: str, arrays: Arrays) -> Any:

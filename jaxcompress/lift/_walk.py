@@ -20,7 +20,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxcompress.layout import Axes
-from jaxcompress.leaf import Leaf, settle
+from jaxcompress.leaf import Leaf, dequantize
 from jaxcompress.lift import _compat, _control
 from jaxcompress.lift._layout_ops import LAYOUT_OPS, rows, take_rows
 from jaxcompress.lift._tracked import LiftError, Tracked, dense
@@ -287,7 +287,7 @@ def _run_dequantized(
     """Prepare the activations as the leaf asks, then the dense operation."""
     assert isinstance(w.value, Leaf)
     operands[0] = w.value.prepare_activations(operands[0])
-    operands[index] = settle(w.dense())
+    operands[index] = dequantize(w.value)
     return _compat.bind(eqn, operands)[0], "dequantized"
 
 

@@ -219,5 +219,11 @@ def _masks(
     for_values(roles, params)
     ranks = for_values(ranked, params)
     flat, structure = jax.tree.flatten(ranks, is_leaf=is_leaf)
-    low = lowest(flat, _count(sparsity, sum(r.size for r in flat)))
+    total = sum(r.size for r in flat)
+    if total >= 2**31:
+        raise ValueError(
+            f"prune: scope='global' counts up to 2^31 weights; got {total}. Use "
+            "scope='layer', or a transform for each part of the model."
+        )
+    low = lowest(flat, _count(sparsity, total))
     return jax.tree.unflatten(structure, [~m for m in low])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -17,14 +19,16 @@ def magnitude_rank(w: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(w.astype(jnp.float32)), jnp.uint32)
 
 
+@functools.partial(jax.jit, static_argnames="stack")  # One compilation a shape.
 def lowest(
     ranks: Sequence[jax.Array], count: jax.Array, *, stack: int = 0
 ) -> list[jax.Array]:
     """Mark exactly the `count` lowest entries of several arrays taken together.
 
     The threshold is found by bisection on the 32 bits of the ranks: 32 passes of
-    counts, which XLA runs where the shards are. Entries equal to the threshold are
-    taken in order of array and position, so the result does not depend on devices.
+    counts, which XLA runs where the shards are; nothing of the size of the weights
+    moves. Entries equal to the threshold are taken in order of array and position,
+    found by bisection too, so the result does not depend on devices.
 
     Args:
       ranks: ``uint32[*stack, ...]`` arrays.
@@ -40,29 +44,60 @@ def lowest(
     """
     shape = ranks[0].shape[:stack]
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), shape)
+    threshold = _reached([(r, jnp.ones_like(r, bool)) for r in ranks], count, stack)
+    below = [r < _spread(threshold, r) for r in ranks]
+    missing = count - sum(_total(m, stack) for m in below)
+    marked = []
+    for r, under in zip(ranks, below, strict=True):
+        ties = r == _spread(threshold, r)
+        taken = _first(ties, missing, stack)
+        missing = missing - _total(taken, stack)
+        marked.append(under | taken)
+    return marked
 
-    def total(marks: list[jax.Array]) -> jax.Array:
-        axes = [tuple(range(stack, m.ndim)) for m in marks]
-        sums = [m.sum(a, dtype=jnp.int32) for m, a in zip(marks, axes, strict=True)]
-        return jnp.stack(sums).sum(0)
 
-    def spread(a: jax.Array, like: jax.Array) -> jax.Array:
-        return a.reshape(shape + (1,) * (like.ndim - stack))
+def _first(among: jax.Array, count: jax.Array, stack: int) -> jax.Array:
+    """Mark the first `count` true entries of a mask, or all there are."""
+    whole = jnp.ones_like(count) * math.prod(among.shape[stack:])
+    position = _positions(among.shape, stack)
+
+    def search() -> jax.Array:
+        return _reached([(position, among)], count, stack).astype(jnp.int32)
+
+    # Ties seldom have to be split: a whole array of them is taken or left.
+    split = jnp.any((count > 0) & (count < _total(among, stack)))
+    last = jax.lax.cond(split, search, lambda: whole)
+    last = jnp.where(count > 0, last, -1)
+    return among & (position.astype(jnp.int32) <= _spread(last, among))
+
+
+def _positions(shape: tuple[int, ...], stack: int) -> jax.Array:
+    """``uint32`` position of every entry within its stack entry."""
+    position = jnp.zeros(shape, jnp.uint32)
+    for axis in range(stack, len(shape)):
+        stride = math.prod(shape[axis + 1 :])
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        position += index * jnp.uint32(stride)
+    return position
+
+
+def _reached(
+    ranked: Sequence[tuple[jax.Array, jax.Array]], count: jax.Array, stack: int
+) -> jax.Array:
+    """The largest rank that fewer than `count` of the entries marked lie below."""
 
     def step(i: jax.Array, low: jax.Array) -> jax.Array:
         candidate = low | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
-        below = total([r < spread(candidate, r) for r in ranks])
+        below = sum(_total(m & (r < _spread(candidate, r)), stack) for r, m in ranked)
         return jnp.where(below < count, candidate, low)
 
-    # The largest rank that fewer than `count` entries lie below: the threshold.
-    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros(shape, jnp.uint32))
-    below = [r < spread(threshold, r) for r in ranks]
-    missing = count - total(below)
-    marked = []
-    for r, under in zip(ranks, below, strict=True):
-        ties = r == spread(threshold, r)
-        flat = ties.reshape(*shape, -1)
-        order = jnp.cumsum(flat, axis=-1, dtype=jnp.int32).reshape(r.shape)
-        marked.append(under | (ties & (order <= spread(missing, r))))
-        missing = missing - flat.sum(-1, dtype=jnp.int32)
-    return marked
+    return jax.lax.fori_loop(0, 32, step, jnp.zeros(count.shape, jnp.uint32))
+
+
+def _total(mask: jax.Array, stack: int) -> jax.Array:
+    return mask.sum(tuple(range(stack, mask.ndim)), dtype=jnp.int32)
+
+
+def _spread(a: jax.Array, like: jax.Array) -> jax.Array:
+    """One value a stack entry, to broadcast against an array."""
+    return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tree
 from jaxcompress.io import file_bytes
-from jaxcompress.leaf import Leaf
+from jaxcompress.leaf import Leaf, materialize
 from jaxcompress.lift._explain import table
 
 _FLOAT32_BYTES = 4
@@ -160,6 +161,8 @@ def size(params: Any) -> SizeReport:
 def _memory(leaf: Any) -> int:
     if isinstance(leaf, Leaf):
         return leaf.stored_bytes
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
     if hasattr(leaf, "dtype"):
         return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     return 0
@@ -176,5 +179,16 @@ def sparsity(params: Any) -> dict[str, float]:
       {'w': 0.5}
     """
     flat, _ = tree.flatten(params)
-    dense = {p: x.materialize() if isinstance(x, Leaf) else x for p, x in flat.items()}
-    return {p: float((x == 0).mean(dtype=jnp.float32)) for p, x in dense.items()}
+    return {
+        path: float((jnp.asarray(materialize(x)) == 0).mean(dtype=jnp.float32))
+        for path, x in flat.items()
+        if _is_numbers(x)
+    }
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_numbers(x: Any) -> bool:
+    return hasattr(x, "dtype") and not _is_key(x) and x.size > 0

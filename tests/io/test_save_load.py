@@ -21,7 +21,6 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxcompress as jc
-from jaxcompress.io._tree import decode_static
 from jaxcompress.leaf import Leaf
 
 DTYPES = (
@@ -181,10 +180,6 @@ def test_numpy_arrays_keep_their_bits_in_host_memory(
     assert_same(loaded, tree)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="load narrows 64-bit arrays without a word: 2**40 + 3 comes back as 3",
-)
 @pytest.mark.parametrize("value", [np.float64(1 / 3), np.int64(2**40 + 3)], ids=str)
 def test_wide_numbers_are_not_narrowed_in_silence(value: Any, tmp_path: Path) -> None:
     jc.io.save(tmp_path / "m.jc", {"w": value})
@@ -192,11 +187,6 @@ def test_wide_numbers_are_not_narrowed_in_silence(value: Any, tmp_path: Path) ->
         jc.io.load(tmp_path / "m.jc")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the bytes are written in one order and described in the other: the file "
-    "cannot be read (float32) or holds other numbers (complex64)",
-)
 @pytest.mark.parametrize("dtype", [">f4", ">c8"])
 def test_arrays_of_the_other_byte_order_keep_their_values(
     dtype: str, tmp_path: Path
@@ -205,10 +195,6 @@ def test_arrays_of_the_other_byte_order_keep_their_values(
     assert jc.io.load(tmp_path / "m.jc").tolist() == [1.0, -2.5]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="arrays are named by joined keys, so the second overwrites the first",
-)
 @pytest.mark.parametrize(
     "tree",
     [{"a/b": 1, "a": {"b": 2}}, {"a": [1], "a/0": 2}, {"": {"a": 1}, "a": 2}],
@@ -222,9 +208,6 @@ def test_keys_that_join_to_one_path_keep_their_own_arrays(
     assert_same(jc.io.load(tmp_path / "m.jc"), tree)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="safetensors keeps this name for itself; load fails"
-)
 def test_no_key_is_reserved(tmp_path: Path) -> None:
     tree = {"__metadata__": weight(2)}
     jc.io.save(tmp_path / "m.jc", tree)
@@ -322,7 +305,7 @@ def test_the_manifest_gives_back_recipe_and_metadata(
         max_shard_bytes=limit,
     )
     manifest = jc.io.read_manifest(tmp_path / "m.jc")
-    assert decode_static(manifest["recipe"], file="") == recipe
+    assert manifest["recipe"] == recipe
     assert manifest["metadata"] == {"licence": "Apache", "Übung": "ja"}
     assert manifest["version"] == 1
     assert manifest["arrays"]["w"]["shape"] == [4]
@@ -347,14 +330,6 @@ def test_verify_counts_arrays_and_bytes(tmp_path: Path) -> None:
 # -- the size foretold
 
 
-reorders = pytest.mark.xfail(
-    strict=True,
-    reason="safetensors puts wide dtypes first, then sorts by name; file_bytes counts "
-    "the digits of the offsets in the tree's order",
-)
-
-
-@reorders
 def test_file_bytes_is_the_size_of_the_file(tmp_path: Path) -> None:
     sizes = {}
     for i, (name, make) in enumerate(TREES.items()):
@@ -371,7 +346,7 @@ arrays = st.builds(
 )
 
 
-@reorders
+@hypothesis.example(tree={"a": np.zeros(1000, np.uint8), "b": np.zeros(1, np.float32)})
 @hypothesis.given(tree=st.dictionaries(names, arrays, max_size=6))
 def test_file_bytes_of_arrays_of_any_name_dtype_and_size(
     tree: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory
@@ -450,11 +425,6 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(pytest.fail.Exception, ValueError),
-    reason="NumPy arrays of any dtype are written, some of which no load can read",
-)
 @pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
 def test_arrays_without_a_number_format_are_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'a/1'"):
@@ -462,9 +432,6 @@ def test_arrays_without_a_number_format_are_refused(make: Any, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="any Mapping is written as a dict, so another pytree comes back"
-)
 def test_other_mappings_are_refused_or_come_back_as_they_were(tmp_path: Path) -> None:
     tree = collections.OrderedDict(b=1, a=2)
     try:

@@ -44,15 +44,20 @@ def masks(scheme: jc.Transform, params: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(mask) for path, (mask,) in state.masks.items()}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("sparsity", "dtype"),
+    [
+        (0.0, jnp.float32),
+        (0.3, jnp.float32),
+        (0.5, jnp.bfloat16),
+        (0.99, jnp.float32),
+    ],
+)
 def test_the_smallest_weights_go_ties_in_order_of_position(
     sparsity: float, dtype: Any
 ) -> None:
     w = halves(0, 7, 5)
-    found = masks(
-        jc.prune.magnitude(sparsity=sparsity), {"w": jnp.asarray(w, dtype)}
-    )
+    found = masks(jc.prune.magnitude(sparsity=sparsity), {"w": jnp.asarray(w, dtype)})
     np.testing.assert_array_equal(found["w"], pruned(w, sparsity))
 
 
@@ -121,8 +126,9 @@ SCHEDULES: dict[str, tuple[Any, Callable[[int], float]]] = {
 }
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "every"), [("one_shot", 1), ("linear", 1), ("cubic", 1), ("cubic", 3)]
+)
 def test_masks_follow_the_schedule_while_weights_move(name: str, every: int) -> None:
     schedule, formula = SCHEDULES[name]
     scheme = jc.prune.magnitude(sparsity=schedule, every=every)

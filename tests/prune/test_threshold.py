@@ -105,14 +105,6 @@ def test_sharding_changes_nothing(spec: P) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_neither_weights_nor_ranks_are_gathered(spec: P) -> None:
-    assert not {"f32", "u32"} & {kind for kind, _ in gathered(halve, sharded(spec))}
-
-
-@pytest.mark.xfail(
-    strict=True, reason="the running count of ties is gathered: int32, one a weight"
-)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_nothing_of_the_size_of_the_weights_is_gathered(spec: P) -> None:
     w = sharded(spec)
     assert max((size for _, size in gathered(halve, w)), default=0) < w.size
