@@ -163,8 +163,7 @@ class Layout:
 
         Args:
           op: `Transpose`, or a `Reshape` that only splits the first contracting
-            axis, or merges contracting axes that are adjacent and in order, or
-            drops or adds leading axes of size one.
+            axis, or merges contracting axes that are adjacent and in order.
           shape: Logical shape before the operation (stack axes included).
 
         Returns:

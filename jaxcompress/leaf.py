@@ -232,7 +232,7 @@ class Leaf(abc.ABC):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the real buffers: words, scales, masks, everything."""
-        return sum(_nbytes(a) for a in jax.tree.leaves(self))
+        return sum(nbytes(a) for a in jax.tree.leaves(self))
 
     def components(self) -> dict[str, tuple[Any, str]]:
         """The array fields: name to (value, role); absent ones are left out."""
@@ -265,7 +265,10 @@ class OrderError(ValueError):
     """A chain whose later transform would undo an earlier one."""
 
 
-def _nbytes(a: Any) -> int:
+def nbytes(a: Any) -> int:
+    """Bytes of an array, concrete or abstract; of a typed key, those of its data."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a = jax.eval_shape(jax.random.key_data, a)
     return math.prod(a.shape) * np.dtype(a.dtype).itemsize
 
 
@@ -372,7 +375,7 @@ class StraightThrough(Leaf):
         stored = self.stored.relayout(op)
         if stored is NotImplemented:
             return NotImplemented
-        gate = None if self.gate is None else relayout_array(self.gate, op)
+        gate = None if self.gate is None else relayout_mask(self.gate, op)
         return self.replace(
             latent=relayout_array(self.latent, op), stored=stored, gate=gate
         )
@@ -433,14 +436,19 @@ class StraightThrough(Leaf):
 
 
 def relayout_array(a: jax.Array, op: LayoutOp) -> jax.Array:
-    """Apply a layout operation to a dense array; a cast leaves booleans alone."""
+    """Apply a layout operation to a dense array."""
     match op:
         case Transpose(permutation=permutation):
             return jnp.transpose(a, permutation)
         case Reshape(shape=shape):
             return jnp.reshape(a, shape)
         case Cast(dtype=dtype):
-            return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+            return a.astype(dtype)
+
+
+def relayout_mask(mask: jax.Array, op: LayoutOp) -> jax.Array:
+    """Apply a layout operation to a mask, which has no dtype to cast."""
+    return mask if isinstance(op, Cast) else relayout_array(mask, op)
 
 
 def relayout(value: Any, op: LayoutOp) -> Any:

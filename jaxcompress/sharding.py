@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcompress.leaf import Leaf, is_leaf
-from jaxcompress.tree import path_str
+from jaxcompress.leaf import Leaf
+from jaxcompress.tree import flatten, unflatten
 
 
 def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -30,35 +30,39 @@ def shardings(tree: Any, specs: Any, mesh: Mesh) -> Any:
     """
     sizes = dict(mesh.shape)
     is_spec = lambda s: isinstance(s, PartitionSpec)
-    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    flat, structure = flatten(tree)
     whole = jax.tree.unflatten(structure, range(structure.num_leaves))
-    full = jax.tree.broadcast(specs, whole, is_leaf=is_spec)
+    full = jax.tree.leaves(jax.tree.broadcast(specs, whole, is_leaf=is_spec), is_spec)
 
-    def one(path: Any, leaf: Any, spec: PartitionSpec) -> Any:
-        if not isinstance(leaf, Leaf):
-            return spec
-        where = path_str(path)
-        _check(spec, leaf, sizes, where)
-        try:
-            return leaf.component_specs(
-                (*spec, *[None] * (leaf.ndim - len(spec))), sizes
-            )
-        except ValueError as error:
-            raise ValueError(f"shardings: at {where!r}: {error}") from None
-
-    return jax.tree_util.tree_map_with_path(one, tree, full, is_leaf=is_leaf)
+    return unflatten(
+        structure,
+        {
+            path: _specs(path, leaf, spec, sizes)
+            for (path, leaf), spec in zip(flat.items(), full, strict=True)
+        },
+    )
 
 
-def _check(spec: PartitionSpec, leaf: Leaf, sizes: dict[Any, int], where: str) -> None:
+def _specs(path: str, leaf: Any, spec: PartitionSpec, sizes: dict[Any, int]) -> Any:
+    if not isinstance(leaf, Leaf):
+        return spec
+    _check(spec, leaf, sizes, path)
+    try:
+        return leaf.component_specs((*spec, *[None] * (leaf.ndim - len(spec))), sizes)
+    except ValueError as error:
+        raise ValueError(f"shardings: at {path!r}: {error}") from None
+
+
+def _check(spec: PartitionSpec, leaf: Leaf, sizes: dict[Any, int], path: str) -> None:
     if len(spec) > leaf.ndim:
         raise ValueError(
-            f"shardings: at {where!r}: a spec has at most one entry for each of the "
+            f"shardings: at {path!r}: a spec has at most one entry for each of the "
             f"{leaf.ndim} axes of {leaf!r}; got {spec}."
         )
     named = {n for entry in spec for n in _names(entry)}
     if unknown := named - sizes.keys():
         raise ValueError(
-            f"shardings: at {where!r}: {spec} names {sorted(unknown)}, but the mesh "
+            f"shardings: at {path!r}: {spec} names {sorted(unknown)}, but the mesh "
             f"has the axes {list(sizes)}."
         )
 

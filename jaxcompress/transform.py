@@ -377,8 +377,10 @@ def check_weight(value: Any, path: str, who: str) -> None:
         )
     if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         return
-    if not bool(jnp.isfinite(jnp.asarray(value)).all()):
-        bad = int(jnp.size(value) - jnp.isfinite(jnp.asarray(value)).sum())
+    with jax.ensure_compile_time_eval():
+        finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
+        bad = int((~finite(value)).sum())
+    if bad:
         raise ValueError(
             f"{who}: weights must be finite; {path!r} has {bad} NaN or infinite of "
             f"{jnp.size(value)} entries. Restore it from an earlier checkpoint."

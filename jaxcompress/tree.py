@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import functools
 import re
@@ -54,18 +55,12 @@ def where(pattern: str, *, exclude: str | Iterable[str] = ()) -> Where:
 def path_str(path: Iterable[Any]) -> str:
     """A JAX key path as ``"params/Dense_0/kernel"``.
 
-    An NNX variable's own field is left out: ``layer/kernel``, not
-    ``layer/kernel/value``.
-
     Examples:
       >>> from jax.tree_util import DictKey, SequenceKey
       >>> path_str((DictKey("layers"), SequenceKey(0), DictKey("kernel")))
       'layers/0/kernel'
     """
-    names = [_key_name(key) for key in path]
-    if len(names) > 1 and names[-1] in ("value", "raw_value") and _is_attr(path):
-        names.pop()
-    return "/".join(names)
+    return "/".join(_key_name(key) for key in path)
 
 
 def _key_name(key: Any) -> str:
@@ -76,13 +71,11 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def _is_attr(path: Iterable[Any]) -> bool:
-    *_, last = path
-    return isinstance(last, jax.tree_util.GetAttrKey | jax.tree_util.FlattenedIndexKey)
-
-
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a pytree by path, compressed leaves whole, and its structure.
+
+    The field of an NNX variable that holds its array is left out: ``layer/kernel``,
+    not ``layer/kernel/value``.
 
     Raises:
       ValueError: If two leaves have the same path.
@@ -96,11 +89,20 @@ def _paths(structure: Any) -> tuple[str, ...]:
     """The paths of a structure's leaves; kept, since JAX builds them slowly."""
     numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
     pairs, _ = jax.tree_util.tree_flatten_with_path(numbered)
-    names = tuple(path_str(path) for path, _ in pairs)
+    siblings = collections.Counter(path[:-1] for path, _ in pairs)
+    names = tuple(
+        path_str(p[:-1] if _is_variable(p) and siblings[p[:-1]] == 1 else p)
+        for p, _ in pairs
+    )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"flatten: two leaves of the tree have the path {twice!r}.")
     return names
+
+
+def _is_variable(path: tuple[Any, ...]) -> bool:
+    """Whether a path ends in the field in which NNX keeps a variable's array."""
+    return len(path) > 1 and getattr(path[-1], "name", None) in ("value", "raw_value")
 
 
 def unflatten(structure: Any, flat: Mapping[str, Any]) -> Any:

@@ -93,9 +93,6 @@ def test_paths_of_models_do_not_name_the_variables_field() -> None:
     assert sorted(paths(linen)) == ["params/bias", "params/kernel"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a field called value is taken for that of an NNX variable"
-)
 def test_a_dataclass_may_have_a_field_called_value() -> None:
     params = {"attention": Attention(query=W, key=W, value=W)}
     assert sorted(paths(params)) == [

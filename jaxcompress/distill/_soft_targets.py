@@ -43,10 +43,21 @@ def soft_targets(
     """
     _check("distill.soft_targets", student, teacher, temperature)
     teacher = jax.lax.stop_gradient(teacher)
+    student, teacher = counted(student, where), counted(teacher, where)
     s = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
     t = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    loss = (jnp.exp(t) * (t - s)).sum(-1) * jnp.square(jnp.float32(temperature))
-    return loss if where is None else jnp.where(where, loss, 0.0)
+    # A class that the teacher excludes counts for nothing, also where its log is -inf.
+    possible = t > -jnp.inf
+    gap = jnp.where(possible, t, 0.0) - jnp.where(possible, s, 0.0)
+    loss = (jnp.exp(t) * gap).sum(-1)
+    return loss * jnp.square(jnp.float32(temperature))
+
+
+def counted(logits: jax.Array, where: jax.Array | None) -> jax.Array:
+    """The logits of the examples that count; zeros for others, which may be NaN."""
+    if where is None:
+        return logits
+    return jnp.where(where[..., None], logits, jnp.zeros_like(logits))
 
 
 def mix(
@@ -89,7 +100,7 @@ def mix(
 def _cross_entropy(
     student: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> jax.Array:
-    log_p = jax.nn.log_softmax(student.astype(jnp.float32))
+    log_p = jax.nn.log_softmax(counted(student, where).astype(jnp.float32))
     if labels.shape == student.shape:
         loss = -(labels.astype(jnp.float32) * log_p).sum(-1)
     elif labels.shape == student.shape[:-1] and jnp.issubdtype(

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from jaxcompress.io._errors import FileError
+from jaxcompress.leaf import nbytes
 
 Arrays = dict[str, Any]
 
@@ -56,11 +57,6 @@ def packed_bytes(arrays: Arrays, metadata: Mapping[str, str]) -> int:
         }
         size = end
     return 8 + -(-len(_text(header)) // 8) * 8 + size
-
-
-def nbytes(a: Any) -> int:
-    """Bytes of an array, concrete or abstract."""
-    return math.prod(a.shape) * np.dtype(a.dtype).itemsize
 
 
 def _dtype(a: Any) -> np.dtype:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.io._container import Arrays, nbytes, pack, packed_bytes
+from jaxcompress.io._container import Arrays, pack, packed_bytes
 from jaxcompress.io._errors import FileError
 from jaxcompress.io._manifest import (
     FORMAT,
@@ -22,6 +22,7 @@ from jaxcompress.io._manifest import (
     unseal,
 )
 from jaxcompress.io._tree import encode
+from jaxcompress.leaf import nbytes
 from jaxcompress.progress import track
 
 MANIFEST = "manifest.json"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcompress import tree
+from jaxcompress.leaf import nbytes
 from jaxcompress.lift._explain import (
     MADE_DENSE,
     Explanation,
@@ -86,7 +86,7 @@ class Plan:
                 p.path,
                 "x".join(map(str, p.shape)),
                 p.method,
-                ", ".join(sorted({f"{s.op}: {s.how}" for s in p.sites})) or "unused",
+                ", ".join(sorted({f"{s.op}: {s.how}" for s in p.sites})) or "no matmul",
                 f"{p.bytes_before:,}",
                 _count(p.bytes_after),
             )
@@ -148,15 +148,20 @@ def plan(
     flat = {path: _struct(leaf) for path, leaf in flat.items()}
     problems: list[str] = []
     stored, after = dict(flat), dict.fromkeys(flat, True)
-    for path, rule in _chosen(rules, tree.unflatten(structure, flat), problems).items():
+    chosen = _chosen(rules, tree.unflatten(structure, flat), problems)
+    for path, rule in chosen.items():
         stored[path], after[path] = _compress_abstractly(
             path, flat[path], rule, axes, problems
         )
-        if not any(s.path == path for s in sites):
-            problems.append(f"no site uses {path!r}; leave it out of the rules")
     running, _ = find_sites(
         fn, tree.unflatten(structure, stored), example, kwargs, who="plan"
     )
+    used = {s.path for s in (*sites, *running)}
+    problems += [
+        f"no site uses {path!r}; leave it out of the rules"
+        for path in chosen
+        if path not in used
+    ]
     problems += [
         f"{s.path!r} is made dense by {s.op!r}" + (f" in {s.where}" if s.where else "")
         for s in running
@@ -169,8 +174,8 @@ def plan(
             shape=tuple(leaf.shape),
             method=getattr(stored[path], "method", "kept"),
             sites=explained.of(path),
-            bytes_before=_nbytes(leaf),
-            bytes_after=_nbytes(stored[path]) if after[path] else None,
+            bytes_before=_tree_bytes(leaf),
+            bytes_after=_tree_bytes(stored[path]) if after[path] else None,
         )
         for path, leaf in flat.items()
     )
@@ -202,13 +207,14 @@ def _compress_abstractly(
     path: str, leaf: Any, rule: Any, axes: Mapping[str, Any], problems: list[str]
 ) -> tuple[Any, bool]:
     """The stored form of one leaf and whether its size is known; else the problem."""
-    scheme = select({path: rule}, axes=axes)
     try:
-        form = jax.eval_shape(lambda p: scheme.compress(*scheme.init(p)), {path: leaf})
-        return form[path], True
-    except jax.errors.JAXTypeError:  # The size depends on the values.
-        form = jax.eval_shape(lambda p: scheme.view(*scheme.init(p)), {path: leaf})
-        return form[path], False
+        scheme = select({path: rule}, axes=axes)
+        try:
+            stored = lambda p: scheme.compress(*scheme.init(p))
+            return jax.eval_shape(stored, {path: leaf})[path], True
+        except jax.errors.JAXTypeError:  # The size depends on the values.
+            view = lambda p: scheme.view(*scheme.init(p))
+            return jax.eval_shape(view, {path: leaf})[path], False
     except (TypeError, ValueError) as error:
         problems.append(str(error))
         return leaf, True
@@ -216,12 +222,8 @@ def _compress_abstractly(
 
 def _struct(leaf: Any) -> Any:
     """The abstract form of a leaf or array."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(np.shape(a), jax.numpy.result_type(a)), leaf
-    )
+    return jax.eval_shape(lambda x: x, leaf)
 
 
-def _nbytes(x: Any) -> int:
-    return sum(
-        int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(x)
-    )
+def _tree_bytes(x: Any) -> int:
+    return sum(map(nbytes, jax.tree.leaves(x)))

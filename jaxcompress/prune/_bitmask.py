@@ -169,11 +169,18 @@ class BitmaskArray(Leaf):
                 "masked form, or replicate this one."
             )
         lead = tuple(spec[:stack])
-        whole = (*lead, *[None] * (len(self.shape) - stack))
+
+        def along(a: jax.Array) -> PartitionSpec:
+            """A component whose stack axes may be of size one."""
+            sizes = a.shape[: len(lead)]
+            return PartitionSpec(
+                *(s if n > 1 else None for s, n in zip(lead, sizes, strict=True))
+            )
+
         return self.replace(
             mask=PartitionSpec(*lead),
             elements=PartitionSpec(*lead),
-            frame=self.frame and self.frame.component_specs(whole, sizes),
+            frame=self.frame and jax.tree.map(along, self.frame),
         )
 
 

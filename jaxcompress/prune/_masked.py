@@ -21,7 +21,7 @@ from jaxcompress.leaf import (
     leaf_type,
     map_value,
     relayout,
-    relayout_array,
+    relayout_mask,
 )
 
 
@@ -79,7 +79,7 @@ class MaskedArray(Leaf):
         values = relayout(self.inner, op)
         if values is NotImplemented:
             return NotImplemented
-        return self.replace(inner=values, mask=relayout_array(self.mask, op))
+        return self.replace(inner=values, mask=relayout_mask(self.mask, op))
 
     def stacked(self, ndim: int) -> Leaf:
         """As the values are."""

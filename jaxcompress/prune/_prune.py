@@ -212,7 +212,7 @@ def _masks(
         stack = roles(w, site).stack
         count = _count(sparsity, math.prod(w.shape[stack:]))
         (low,) = lowest([ranked(w, site)], count, stack=stack)
-        return ~low
+        return ~low & masks[site.path][site.number]
 
     if scope == "layer":
         return for_values(by_layer, params)
@@ -226,4 +226,5 @@ def _masks(
             "scope='layer', or a transform for each part of the model."
         )
     low = lowest(flat, _count(sparsity, total))
-    return jax.tree.unflatten(structure, [~m for m in low])
+    fresh = jax.tree.unflatten(structure, [~m for m in low])
+    return jax.tree.map(jnp.logical_and, fresh, masks)

@@ -53,9 +53,9 @@ def weights(
     Examples:
       >>> from jaxcompress.quant import int4
       >>> scheme = weights(int4())
-      >>> params, state = scheme.init({"w": jnp.array([[0.31], [-0.7]])})
-      >>> scheme.view(params, state)["w"].materialize().round(4).tolist()
-      [[0.3...], [-0.7...]]
+      >>> params, state = scheme.init({"w": jnp.array([[3.4], [-7.0]])})
+      >>> scheme.view(params, state)["w"].materialize().tolist()
+      [[3.0], [-7.0]]
       >>> scheme.compress(params, state)["w"]
       QuantizedArray(int4, float32[2, 1])
 

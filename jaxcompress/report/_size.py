@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcompress import tree
 from jaxcompress.io import file_bytes
-from jaxcompress.leaf import Leaf, materialize
+from jaxcompress.leaf import Leaf, materialize, nbytes
 from jaxcompress.lift._explain import table
 
 _FLOAT32_BYTES = 4
@@ -161,11 +161,7 @@ def size(params: Any) -> SizeReport:
 def _memory(leaf: Any) -> int:
     if isinstance(leaf, Leaf):
         return leaf.stored_bytes
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    if hasattr(leaf, "dtype"):
-        return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    return 0
+    return nbytes(leaf) if hasattr(leaf, "dtype") else 0
 
 
 def sparsity(params: Any) -> dict[str, float]:
@@ -186,9 +182,7 @@ def sparsity(params: Any) -> dict[str, float]:
     }
 
 
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _is_numbers(x: Any) -> bool:
-    return hasattr(x, "dtype") and not _is_key(x) and x.size > 0
+    if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return False
+    return x.size > 0

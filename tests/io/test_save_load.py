@@ -441,7 +441,9 @@ def test_other_mappings_are_refused_or_come_back_as_they_were(tmp_path: Path) ->
     assert_same(jc.io.load(tmp_path / "m.jc"), tree)
 
 
-@pytest.mark.parametrize("recipe", [{"a": 1}, [1], object()], ids=repr)
+@pytest.mark.parametrize(
+    "recipe", [{"a": 1}, [1], object()], ids=["dict", "list", "object"]
+)
 def test_a_recipe_that_cannot_be_stored_is_named(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'recipe' has a setting of the type"):
         jc.io.save(tmp_path / "m.jc", {}, recipe=recipe)

@@ -210,11 +210,6 @@ def test_only_stack_axes_are_sharded() -> None:
             leaf.component_specs(spec, {"d": 5})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="the frame, which has no words, is asked for the specs of its words",
-)
 def test_a_stack_of_codes_is_sharded_with_its_scales() -> None:
     w, mask = example(*STACK)
     leaf = stored(quantized(w, jc.quant.int4()), mask)

@@ -148,9 +148,6 @@ def test_masks_follow_the_schedule_while_weights_move(name: str, every: int) -> 
     assert int(state.step) == 8
 
 
-@pytest.mark.xfail(
-    strict=True, reason="new masks are not intersected with the old ones"
-)
 @pytest.mark.parametrize(
     "scheme",
     [

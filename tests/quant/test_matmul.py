@@ -313,7 +313,7 @@ def test_blocks_of_outputs_may_share_a_scale() -> None:
     found, _ = run(site, leaf, x)
     w = np.float64(materialize(leaf))
     expected = site.exact(w, symmetric(x, 1, top=127))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
