@@ -195,11 +195,18 @@ class Leaf(abc.ABC):
             self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
 
-    def prepare_activations(self, x: jax.Array) -> jax.Array:
-        """What the leaf makes of the other operand of a convolution or ragged dot.
+    def prepare_activations(
+        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
+    ) -> jax.Array:
+        """What the leaf makes of the other operand of a matmul or convolution.
 
         The identity, unless the leaf quantizes activations.
+
+        Args:
+          x: The operand.
+          axes: Its contracted axes: those of one token.
         """
+        del axes
         return x
 
     def component_specs(self, spec: Sequence[Any], sizes: dict[Any, int]) -> Self:
@@ -396,6 +403,7 @@ class StraightThrough(Leaf):
         **params: Any,
     ) -> Ran:
         """The stored form's own rule; gradients as of `materialize()`."""
+        contracted = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
 
         @jax.custom_jvp
         def run(view: StraightThrough, x: jax.Array) -> jax.Array:
@@ -406,7 +414,7 @@ class StraightThrough(Leaf):
         @run.defjvp
         def _(primals: Any, tangents: Any) -> Any:
             def reference(view: StraightThrough, x: jax.Array) -> jax.Array:
-                x = view.stored.prepare_activations(x)
+                x = view.stored.prepare_activations(x, contracted)
                 return dense_dot_general(
                     view, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
                 ).out
@@ -419,9 +427,11 @@ class StraightThrough(Leaf):
             )
         return Ran(run(self, x), "training view")
 
-    def prepare_activations(self, x: jax.Array) -> jax.Array:
+    def prepare_activations(
+        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
+    ) -> jax.Array:
         """As the stored form does."""
-        return self.stored.prepare_activations(x)
+        return self.stored.prepare_activations(x, axes)
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]

@@ -286,9 +286,17 @@ def _run_dequantized(
 ) -> tuple[jax.Array, str]:
     """Prepare the activations as the leaf asks, then the dense operation."""
     assert isinstance(w.value, Leaf)
-    operands[0] = w.value.prepare_activations(operands[0])
+    operands[0] = w.value.prepare_activations(operands[0], _token_axes(eqn))
     operands[index] = dequantize(w.value)
     return _compat.bind(eqn, operands)[0], "dequantized"
+
+
+def _token_axes(eqn: Any) -> tuple[int, ...]:
+    """The contracted axes of the activations, without those of the window."""
+    if eqn.primitive.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].lhs_spec[1],)
+    numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return tuple(numbers[0][0])
 
 
 def _find_gather(

@@ -153,9 +153,11 @@ class BitmaskArray(Leaf):
             x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
 
-    def prepare_activations(self, x: jax.Array) -> jax.Array:
+    def prepare_activations(
+        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
+    ) -> jax.Array:
         """As the values do."""
-        return x if self.frame is None else self.expand().prepare_activations(x)
+        return x if self.frame is None else self.expand().prepare_activations(x, axes)
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]

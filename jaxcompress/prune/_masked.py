@@ -103,10 +103,12 @@ class MaskedArray(Leaf):
         rule = self.inner.dot_general if self.has_own_matmul else super().dot_general
         return rule(x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params)
 
-    def prepare_activations(self, x: jax.Array) -> jax.Array:
+    def prepare_activations(
+        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
+    ) -> jax.Array:
         """As the values do."""
         inner = self.inner
-        return inner.prepare_activations(x) if isinstance(inner, Leaf) else x
+        return inner.prepare_activations(x, axes) if isinstance(inner, Leaf) else x
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]

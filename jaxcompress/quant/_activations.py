@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import static_type, straight_through
 from jaxcompress.quant._elements import Integer, Minifloat
+from jaxcompress.quant._rounding import divisor
 
 
 @static_type
@@ -71,20 +72,16 @@ def activation_scale(
         low = jnp.minimum(x.min(over, keepdims=True), 0.0)
         high = jnp.maximum(x.max(over, keepdims=True), 0.0)
         scale = (high - low) / (element.high - element.low)
-        return scale, element.low - jnp.round(low / _divisor(scale))
+        return scale, element.low - jnp.round(low / divisor(scale))
     absmax = jnp.abs(x).max(over, keepdims=True)
     return absmax / element.largest, None
-
-
-def _divisor(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
 
 def encode_activations(
     x: jax.Array, scale: jax.Array, zero: jax.Array | None, element: Integer | Minifloat
 ) -> jax.Array:
     """Codes of activations in float32 (integers, or values on the float grid)."""
-    scaled = x / _divisor(scale)
+    scaled = x / divisor(scale)
     if isinstance(element, Minifloat):
         return element.decode(element.encode(scaled, "nearest"))
     shifted = jnp.round(scaled) + (0.0 if zero is None else zero)
@@ -126,6 +123,5 @@ def fake_quantize_activations(
 
 def _in_range(x: jax.Array, scale: jax.Array, zero: Any, element: Any) -> jax.Array:
     offset = 0.0 if zero is None else zero
-    low = -element.largest if isinstance(element, Minifloat) else element.low - offset
-    high = element.largest if isinstance(element, Minifloat) else element.high - offset
-    return (x >= low * scale) & (x <= high * scale)
+    low, high = element.range
+    return (x >= (low - offset) * scale) & (x <= (high - offset) * scale)

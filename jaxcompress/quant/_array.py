@@ -223,22 +223,18 @@ class QuantizedArray(Leaf):
         if site is not None and _matmul.fits_int8(self):
             return _matmul.int8_dot(self, x, site, params)
         axes = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
-        x = self._fake_quantized(x, axes)
+        x = self.prepare_activations(x, axes)
         ran = dense_dot_general(
             self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
         return Ran(ran.out, "fake-quantized dot")
 
     def prepare_activations(
-        self, x: jax.Array, axes: tuple[int, ...] | None = None
+        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
     ) -> jax.Array:
         """Fake-quantize the other operand, a token being a slice along `axes`."""
         if self.activations is None:
             return x
-        return self._fake_quantized(x, (-1,) if axes is None else axes)
-
-    def _fake_quantized(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        assert self.activations is not None
         scale, zero = self._static_scales(x.ndim)
         return fake_quantize_activations(
             x, self.activations, axes=axes, scale=scale, zero=zero
@@ -312,11 +308,10 @@ class QuantizedArray(Leaf):
             and (k // n) % per_word == 0
             and (groups == 1 or groups % n == 0)
         ]
-        if self.pad or parts not in able:
+        if parts not in able:
             raise ValueError(
                 f"{self.label}: axis {axis} of size {size} cannot be cut in {parts} "
-                "parts inside words or groups; it can be cut in "
-                f"{[] if self.pad else able}."
+                f"parts inside words or groups; it can be cut in {able}."
             )
 
 

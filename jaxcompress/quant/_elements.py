@@ -1,8 +1,9 @@
 """Element formats: what a code of a few bits stands for, before its scale.
 
-Each is a frozen dataclass with ``bits``, ``label``, ``largest`` (the magnitude that a
-block's largest weight is scaled to), ``encode`` (scaled float32 to codes in uint8) and
-``decode`` (codes to float32, exact for every code).
+Each is a frozen dataclass with ``bits``, ``label``, ``range`` (lowest and highest
+value), ``largest`` (the magnitude that a block's largest weight is scaled to),
+``encode`` (scaled float32 to codes in uint8) and ``decode`` (codes to float32, exact
+for every code).
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class Integer:
         """Largest value."""
         return self.high * 2.0**-self.fraction
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest value."""
+        unit = 2.0**-self.fraction
+        return self.low * unit, self.high * unit
+
     def encode(
         self, x: jax.Array, rounding: Rounding, noise: jax.Array | None = None
     ) -> jax.Array:
@@ -97,6 +104,11 @@ class Ternary:
         """Largest value."""
         return 1.0
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest value."""
+        return -1.0, 1.0
+
     def encode(
         self, x: jax.Array, rounding: Rounding, noise: jax.Array | None = None
     ) -> jax.Array:
@@ -124,6 +136,11 @@ class Binary:
     def largest(self) -> float:
         """Largest value."""
         return 1.0
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest value."""
+        return -1.0, 1.0
 
     def encode(
         self, x: jax.Array, rounding: Rounding, noise: jax.Array | None = None
@@ -189,6 +206,11 @@ class Minifloat:
         exponent, mantissa = divmod(self.largest_code, 2**self.mantissa)
         unit = 2.0 ** (exponent - 1 + self.low_exponent - self.mantissa)
         return (2**self.mantissa + mantissa) * unit
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest value."""
+        return -self.largest, self.largest
 
     @property
     def top_exponent(self) -> int:
@@ -257,6 +279,11 @@ class Table:
     def largest(self) -> float:
         """Largest magnitude."""
         return max(abs(self.values[0]), abs(self.values[-1]))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest value."""
+        return self.values[0], self.values[-1]
 
     def encode(
         self, x: jax.Array, rounding: Rounding, noise: jax.Array | None = None

@@ -87,12 +87,23 @@ def fits_int8(leaf: QuantizedArray) -> bool:
     )
     return (
         whole
-        and leaf.scale.shape[-1] == 1
+        and _outside_the_sum(leaf)
         and act is not None
         and isinstance(act.element, Integer)
         and act.element.symmetric
         and act.element.fraction == 0
         and (not act.static or leaf.activation_scale.size == 1)  # type: ignore[union-attr]
+    )
+
+
+def _outside_the_sum(leaf: QuantizedArray) -> bool:
+    """Whether a scale belongs to whole outputs, one or all along each axis."""
+    *outputs, groups = leaf.scale.shape
+    rank = len(leaf.shape)
+    layout = leaf.layout.absorb_stack(rank - len(leaf.layout.order))
+    sizes = [leaf.shape[a] for a in layout.out]
+    return groups == 1 and all(
+        n in (1, size) for n, size in zip(outputs, sizes, strict=True)
     )
 
 

@@ -15,6 +15,7 @@ from jaxcompress.quant._elements import E4M3, Binary, Integer, Minifloat, Ternar
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._granularity import Blocks, Flat, split_blocks, spread
 from jaxcompress.quant._rounding import (
+    divisor,
     floor_log2,
     power_of_two,
     round_scale,
@@ -125,6 +126,7 @@ def encode(
     if check:
         check_weight(w, path, who)
     stated = fmt.axes if fmt.axes is not None else axes
+    w = jnp.asarray(w)
     roles = resolve_axes(w.shape, stated, who=who, path=path)
     blocks = Blocks(w.shape, roles, fmt.granularity, who=who, path=path)
     flat = blocks.flat
@@ -140,7 +142,9 @@ def encode(
         scale=flat.to_storage(scales.stored),
         zero_point=_stored(flat, scales.zero, jnp.uint8),
         tensor_scale=_stored(flat, scales.tensor, jnp.float32),
-        activation_scale=_static_scale(activation_scale, stack, ndim, fmt, who),
+        activation_scale=_static_scale(
+            activation_scale, activation_zero, stack, ndim, fmt, who
+        ),
         activation_zero=_per_stack(activation_zero, stack, ndim),
         element=fmt.element,
         scale_format=fmt.scale,
@@ -158,14 +162,30 @@ def _stored(flat: Flat, a: jax.Array | None, dtype: Any) -> jax.Array | None:
 
 
 def _static_scale(
-    scale: Any, stack: tuple[int, ...], ndim: int, fmt: NumberFormat, who: str
+    scale: Any,
+    zero: Any,
+    stack: tuple[int, ...],
+    ndim: int,
+    fmt: NumberFormat,
+    who: str,
 ) -> jax.Array | None:
     if fmt.activations is None or not fmt.activations.static:
+        if scale is not None or zero is not None:
+            raise ValueError(
+                f"{who}: activation_scale and activation_zero belong to static "
+                "activations; leave them out, or give the format static(...)."
+            )
         return None
     if scale is None:
         raise ValueError(
             f"{who}: static activations need their calibrated scale; pass "
             "activation_scale=, or use a dynamic scheme (FP8_DYNAMIC, W8A8)."
+        )
+    element = fmt.activations.element
+    if isinstance(element, Integer) and not element.symmetric and zero is None:
+        raise ValueError(
+            f"{who}: static activations with a zero point need it; pass "
+            "activation_zero=, or use symmetric activations."
         )
     return _per_stack(scale, stack, ndim)
 
@@ -206,7 +226,11 @@ def _scales(a: jax.Array, blocks: Blocks, stack: int, fmt: NumberFormat) -> Scal
 
 
 def _float_scales(scale: jax.Array, fmt: NumberFormat) -> Scales:
-    stored = round_scale(scale).astype(fmt.scale)
+    if isinstance(fmt.element, Binary | Ternary):
+        direction = "nearest"  # A mean, which sums may miss by their rounding.
+    else:
+        direction = "down" if fmt.rounding == "toward_zero" else "up"
+    stored = round_scale(scale, fmt.scale, direction)
     return Scales(stored, stored.astype(jnp.float32), None, None)
 
 
@@ -236,7 +260,7 @@ def _two_level_scales(largest: jax.Array, stack: int, element: Any) -> Scales:
     """NVFP4: e4m3 scales relative to one float32 scale a tensor."""
     over = tuple(range(stack, largest.ndim))
     top = largest.max(over, keepdims=True)
-    tensor = round_scale(top / (element.largest * E4M3.largest))
+    tensor = round_scale(top / (element.largest * E4M3.largest), "float32", "nearest")
     relative = largest / element.largest / divisor(tensor)
     stored = E4M3.encode(relative, "nearest")
     return Scales(stored, E4M3.decode(stored) * tensor, None, tensor)
@@ -269,8 +293,3 @@ def _codes(
         shifted = shifted + spread(scales.zero, a.shape)
         codes = jnp.clip(shifted, fmt.element.low, fmt.element.high).astype(jnp.uint8)
     return codes.reshape(a.shape)
-
-
-def divisor(scale: jax.Array) -> jax.Array:
-    """The scale; one where it is zero: any divisor yields zero codes there."""
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))

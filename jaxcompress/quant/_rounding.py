@@ -16,8 +16,9 @@ def round_to_integer(
 ) -> jax.Array:
     r"""Round to an integer, in `x`'s dtype.
 
-    Nearest rounds ties to even; stochastic is :math:`\lfloor x + u \rfloor` with
-    uniform `u`, unbiased; toward zero truncates.
+    Nearest rounds ties to even; stochastic rounds up where uniform noise lies below
+    the fraction, :math:`\lfloor x \rfloor + [u < x - \lfloor x \rfloor]`, unbiased;
+    toward zero truncates.
 
     Args:
       x: Float array.
@@ -39,7 +40,8 @@ def round_to_integer(
     if rounding == "toward_zero":
         return jnp.trunc(x)
     assert noise is not None
-    return jnp.floor(x + noise)
+    low = jnp.floor(x)
+    return low + (noise < x - low).astype(x.dtype)
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
@@ -54,12 +56,34 @@ def floor_log2(x: jax.Array) -> jax.Array:
     return ((bits >> 23) & 255) - 127
 
 
-def round_scale(scale: jax.Array) -> jax.Array:
-    """Round positive float32 to 16 significant bits.
+_DROPPED_BITS = {"float32": 8, "bfloat16": 16, "float16": 13}
+_LARGEST_SCALE = {"float32": 0x7F7FFF00, "bfloat16": 0x7F7F0000, "float16": 0x477FE000}
+
+
+def round_scale(
+    scale: jax.Array, dtype: str, direction: Literal["up", "down", "nearest"]
+) -> jax.Array:
+    """Round positive float32 to 16 significant bits, or fewer if `dtype` has fewer.
 
     Any code times such a scale is exact in float32, so that quantizing what was
     dequantized finds the same scale and the same codes: a projection, to the bit.
+    Saturates at the largest such number of the dtype.
+
+    Args:
+      scale: Not negative.
+      dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+      direction: ``"up"``: the largest weight stays within the grid; ``"down"``: it
+        reaches the grid's end, also if codes are truncated.
     """
+    step = 1 << _DROPPED_BITS[dtype]
+    carry = {"up": step - 1, "down": 0, "nearest": step // 2}[direction]
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
-    bits = (bits + jnp.uint32(0x80)) & jnp.uint32(0xFFFFFF00)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    bits = jnp.minimum(bits, jnp.uint32(_LARGEST_SCALE[dtype])) + jnp.uint32(carry)
+    bits = jnp.minimum(bits & jnp.uint32(2**32 - step), _LARGEST_SCALE[dtype])
+    rounded = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32)
+    return rounded.astype(dtype)
+
+
+def divisor(scale: jax.Array) -> jax.Array:
+    """The scale, or infinity where it is zero: whatever it divides gets code zero."""
+    return jnp.where(scale > 0, scale, jnp.full_like(scale, jnp.inf))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._array import QuantizedArray
-from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
 from jaxcompress.transform import (
@@ -35,7 +34,11 @@ class WeightsState(NamedTuple):
 
 
 def weights(
-    fmt: NumberFormat, *, key: jax.Array | None = None, activation_scale: Any = None
+    fmt: NumberFormat,
+    *,
+    key: jax.Array | None = None,
+    activation_scale: Any = None,
+    activation_zero: Any = None,
 ) -> Transform:
     """Train through the grid of a number format; store its codes.
 
@@ -46,6 +49,7 @@ def weights(
       fmt: The number format.
       key: For stochastic rounding; every update draws new noise.
       activation_scale: Calibrated scale of static activations, for every leaf.
+      activation_zero: Its zero point, if they are asymmetric.
 
     Raises:
       ValueError: From ``init``: weights or groups that `quantize` refuses.
@@ -76,6 +80,7 @@ def weights(
             axes=site.axes,
             key=noise,
             activation_scale=activation_scale,
+            activation_zero=activation_zero,
             path=site.path,
             check=False,
         )
@@ -111,13 +116,9 @@ def weights(
 def _within(w: jax.Array, stored: QuantizedArray) -> jax.Array:
     """Where a weight lies within the range of its grid."""
     element = stored.element
-    if isinstance(element, Integer) and not element.symmetric:
-        low, high = element.low, element.high
-        edges = [
-            stored.replace(words=jnp.full_like(stored.words, c)) for c in (low, high)
-        ]
-        bottom, top = (e.materialize().astype(w.dtype) for e in edges)
-        return (w >= bottom) & (w <= top)
-    code = element.encode(jnp.float32(element.largest), "nearest")
-    top = stored.replace(words=jnp.full_like(stored.words, code)).materialize()
-    return jnp.abs(w) <= top.astype(w.dtype)
+    ends = jnp.asarray(element.range, jnp.float32)
+    low, high = (
+        stored.replace(words=jnp.full_like(stored.words, code)).materialize()
+        for code in element.encode(ends, "nearest")
+    )
+    return (w >= low.astype(w.dtype)) & (w <= high.astype(w.dtype))

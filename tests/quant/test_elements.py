@@ -296,10 +296,6 @@ def test_no_noise_takes_a_float_beyond_its_largest(name: str) -> None:
     assert decode(element, codes).tolist() == [element.largest] * 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="floor(x + noise) rounds the sum up in float32: 100 + (1 - 2^-23) is 101",
-)
 def test_stochastic_rounding_leaves_integers_alone_whatever_the_noise() -> None:
     noise = jnp.float32(1 - 2**-23)  # The largest that jax.random.uniform returns.
     assert round_to_integer(jnp.float32(100), "stochastic", noise) == 100

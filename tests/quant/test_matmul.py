@@ -278,21 +278,14 @@ def weight_gradient(name: str) -> tuple[np.ndarray, np.ndarray]:
     return jax.jit(jax.grad(loss))(w), jax.jit(expected)(w)
 
 
-TOKENS_FIRST = pytest.mark.xfail(
-    strict=True,
-    reason="the gradient of a training view takes a token to be the last axis of the "
-    "activations, whatever the matmul contracts",
-)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "dense",
         "left",
         "batched_inside",
-        pytest.param("left_first", marks=TOKENS_FIRST),
-        pytest.param("two_axes", marks=TOKENS_FIRST),
+        "left_first",
+        "two_axes",
     ],
 )
 def test_weights_in_training_see_the_quantized_activations(name: str) -> None:
@@ -300,11 +293,6 @@ def test_weights_in_training_see_the_quantized_activations(name: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="scales of blocks of outputs are broadcast against single outputs in the "
-    "integer matmul, which fits_int8 should refuse, or spread",
-)
 def test_blocks_of_outputs_may_share_a_scale() -> None:
     site = SITES["dense"]
     granularity = q.Block2D(out=2, contract=64)
