@@ -56,6 +56,9 @@ def floor_log2(x: jax.Array) -> jax.Array:
     return ((bits >> 23) & 255) - 127
 
 
+# Units in the last place of float32 by which a quotient may be wrong: XLA divides by
+# multiplying with a reciprocal.
+_SLACK = 4
 _DROPPED_BITS = {"float32": 8, "bfloat16": 16, "float16": 13}
 _LARGEST_SCALE = {"float32": 0x7F7FFF00, "bfloat16": 0x7F7F0000, "float16": 0x477FE000}
 
@@ -76,7 +79,7 @@ def round_scale(
         reaches the grid's end, also if codes are truncated.
     """
     step = 1 << _DROPPED_BITS[dtype]
-    carry = {"up": step - 1, "down": 0, "nearest": step // 2}[direction]
+    carry = {"up": step - 1 - _SLACK, "down": _SLACK, "nearest": step // 2}[direction]
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
     bits = jnp.minimum(bits, jnp.uint32(_LARGEST_SCALE[dtype])) + jnp.uint32(carry)
     bits = jnp.minimum(bits & jnp.uint32(2**32 - step), _LARGEST_SCALE[dtype])

@@ -114,11 +114,15 @@ def weights(
 
 
 def _within(w: jax.Array, stored: QuantizedArray) -> jax.Array:
-    """Where a weight lies within the range of its grid."""
+    """Where a weight lies within the range of its grid.
+
+    The largest weight may miss the grid's end by the rounding of its scale.
+    """
     element = stored.element
     ends = jnp.asarray(element.range, jnp.float32)
     low, high = (
         stored.replace(words=jnp.full_like(stored.words, code)).materialize()
         for code in element.encode(ends, "nearest")
     )
-    return (w >= low.astype(w.dtype)) & (w <= high.astype(w.dtype))
+    w = w.astype(jnp.float32) * (1.0 - 2.0**-20)
+    return (w >= low.astype(jnp.float32)) & (w <= high.astype(jnp.float32))

@@ -38,7 +38,7 @@ def int8_of(w: Any, contract: tuple[int, ...]) -> np.ndarray:
 
 
 CONTRACT = {"conv": (-4, -3, -2), "dense": (-2,), "layers": (-2,)}
-SCALE_ROUNDING = 2.0**-16  # Scales have 16 significant bits.
+SCALE_ROUNDING = 1.01 * 2.0**-15  # Scales have 16 significant bits.
 
 
 def compressed(rules: Any, **settings: Any) -> Any:
