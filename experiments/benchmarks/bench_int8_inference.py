@@ -38,9 +38,10 @@ def main() -> None:
         x = jax.random.normal(jax.random.key(1), (batch, WIDTH))
         times[f"batch {batch}"] = compare(
             {
-                "dense": lambda x=x: dense(params, x),
-                "int8": lambda x=x: lifted(packed, x),
+                "dense": lambda x=x: lambda: dense(params, x),
+                "int8": lambda x=x: lambda: lifted(packed, x),
             },
+            to="dense",
             rounds=30,
             calls=max(1, 64 // batch),
         )

@@ -4,14 +4,19 @@ Four Dense layers of 1024, batch 512, AdamW, weights in int4 with groups of 64. 
 at most 1.10x the plain step, and no slower than qwix on the same model.
 """
 
+# pyright: reportMissingImports=false
+# The peer is installed by `make bench` alone.
+
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import qwix
 
@@ -31,19 +36,34 @@ class Model(nn.Module):
         return nn.Dense(WIDTH)(x)
 
 
-def step(apply: Callable[[Any, jax.Array], Any], params: Any) -> Callable[[], Any]:
-    """One AdamW step on the squared output, as a call without arguments."""
+def training(
+    apply: Callable[[Any, jax.Array], Any], params: Any, seed: int = 0
+) -> Callable[[], Callable[[], Any]]:
+    """Makes training loops; a call takes one AdamW step on the squared output."""
     tx = optax.adamw(1e-3)
     x = jax.random.normal(jax.random.key(1), (BATCH, WIDTH))
+    sizes = np.random.default_rng(seed)
 
-    @jax.jit
-    def update(params: Any, opt_state: Any, x: jax.Array) -> Any:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, x: jax.Array) -> Any:
+        params, opt_state = carry
         grads = jax.grad(lambda p: jnp.square(apply(p, x)).mean())(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state = tx.init(params)
-    return lambda: update(params, opt_state, x)
+    def make() -> Callable[[], Any]:
+        aside = jnp.zeros(int(sizes.integers(2**10, 2**22)))  # Moves what follows.
+        carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        del aside
+
+        def call() -> Any:
+            nonlocal carry
+            carry = step(carry, x)
+            return carry
+
+        return call
+
+    return make
 
 
 def main() -> None:
@@ -58,14 +78,13 @@ def main() -> None:
 
     provider = qwix.QtProvider([qwix.QtRule(weight_qtype="int4", tile_size=GROUP)])
     theirs = qwix.quantize_model(model, provider)
-    times = compare(
-        {
-            "plain": step(model.apply, params),
-            "jaxcompress": step(lambda p, x: wrapped(p, state, x), params),
-            "qwix": step(theirs.apply, params),
-        },
-        rounds=40,
-    )
+    applies: dict[str, Callable[..., Any]] = {
+        "plain": model.apply,
+        "jaxcompress": lambda p, x: wrapped(p, state, x),
+        "qwix": theirs.apply,
+    }
+    programs = {name: training(apply, params) for name, apply in applies.items()}
+    times = compare(programs, to="plain", rounds=60, calls=3)
     record(
         "qat_step",
         __doc__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.metadata
 import json
 import platform
@@ -22,36 +23,52 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "jaxcompress", "qwix")
 
 
 def compare(
-    programs: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int = 1
+    programs: Mapping[str, Callable[[], Callable[[], Any]]],
+    *,
+    to: str,
+    rounds: int,
+    calls: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Median time of each program, and the median of its ratio to the first.
+    """Median time of each program, and the median of its ratio to one of them.
 
-    The programs take turns, so that what slows the machine down slows all of them; a
-    ratio is between two neighbours in time. The first round is not counted.
+    The programs take turns, each going first in turn, so that what slows the machine
+    down slows all of them. In every turn a program is made anew and called once before
+    its time is taken: where its buffers come to lie may be worth some percent.
+    Python's garbage collector waits meanwhile, as in `timeit`.
 
     Args:
-      programs: What to call; each result is waited for.
+      programs: Each returns what to call; each result is waited for.
+      to: The program that ratios refer to.
       rounds: Turns.
       calls: Calls a turn, of which the mean counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in track(range(rounds + 1), "timing"):
-        for name, call in programs.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                jax.block_until_ready(call())
-            seconds[name].append((time.perf_counter() - start) / calls)
-    counted = {name: s[1:] for name, s in seconds.items()}
-    first = next(iter(counted.values()))
+    names = list(programs)
+    for i in track(range(rounds), "timing"):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds[name].append(_seconds(programs[name](), calls))
+    base = seconds[to]
     return {
         name: {
             "median_ms": round(1e3 * statistics.median(s), 4),
             "ratio": round(
-                statistics.median(a / b for a, b in zip(s, first, strict=True)), 4
+                statistics.median(a / b for a, b in zip(s, base, strict=True)), 4
             ),
         }
-        for name, s in counted.items()
+        for name, s in seconds.items()
     }
+
+
+def _seconds(call: Callable[[], Any], calls: int) -> float:
+    jax.block_until_ready(call())
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(call())
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    return elapsed / calls
 
 
 def record(name: str, doc: str | None, results: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ def trade_off(points: list[Any], teacher: dict[str, Any], path: Path) -> None:
             f"{point['sparsity']:.0%} pruned",
             (size, score),
             textcoords="offset points",
-            xytext=(6, -12),
+            xytext=(4, 6),
+            rotation=45,
             fontsize=8,
         )
     axis.plot(
@@ -36,7 +37,11 @@ def trade_off(points: list[Any], teacher: dict[str, Any], path: Path) -> None:
         color="tab:red",
         label="dense float32 teacher",
     )
+    axis.margins(x=0.1, y=0.25)
     axis.set_xscale("log")
+    axis.set_xticks([32, 64, 128, 256, 512, 1024])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_xlabel("KiB on disk")
     axis.set_ylabel("validation accuracy, %")
     axis.set_title("Handwritten digits: accuracy and size")

@@ -51,7 +51,7 @@ class Settings:
     group_size: int = 64
     temperature: float = 4.0
     alpha: float = 0.9
-    sweep: tuple[float, ...] = (0.5, 0.9)
+    sweep: tuple[float, ...] = (0.9, 0.97)
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps of a training run."""

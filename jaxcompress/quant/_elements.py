@@ -74,13 +74,14 @@ class Integer:
     ) -> jax.Array:
         """Nearest codes of scaled values, the zero point not yet added."""
         q = round_to_integer(x * 2.0**self.fraction, rounding, noise)
-        return jnp.clip(q, self.low, self.high).astype(jnp.int8).astype(jnp.uint8)
+        # By way of int32, as below: a CPU has vector instructions for these casts.
+        return jnp.clip(q, self.low, self.high).astype(jnp.int32).astype(jnp.uint8)
 
     def integers(self, codes: jax.Array) -> jax.Array:
-        """Signed integers (int8) of symmetric codes."""
-        sign = jnp.uint8(2 ** (self.bits - 1))
-        kept = codes & jnp.uint8(2**self.bits - 1)
-        return ((kept ^ sign) - sign).astype(jnp.int8)
+        """Signed integers (int32) of symmetric codes."""
+        sign = 2 ** (self.bits - 1)
+        kept = codes.astype(jnp.int32) & (2**self.bits - 1)
+        return (kept ^ sign) - sign
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Values of codes; of asymmetric ones with the zero point still in."""

@@ -135,7 +135,7 @@ def _run(
     q, x_scale = _encoded(leaf, x, site)
     elements = leaf.elements()
     element = leaf.element if isinstance(leaf.element, Integer) else Integer(bits=2)
-    w = element.integers(elements)
+    w = element.integers(elements).astype(jnp.int8)
     n_batch = len(site.batch)
     batch = tuple(s for _, s in site.batch)
     sums = jax.lax.dot_general(

@@ -230,7 +230,8 @@ def _float_scales(scale: jax.Array, fmt: NumberFormat) -> Scales:
         direction = "nearest"  # A mean, which sums may miss by their rounding.
     else:
         direction = "down" if fmt.rounding == "toward_zero" else "up"
-    stored = round_scale(scale, fmt.scale, direction)
+    # Computed once a block: XLA would fuse it into the loop over all weights.
+    stored = jax.lax.optimization_barrier(round_scale(scale, fmt.scale, direction))
     return Scales(stored, stored.astype(jnp.float32), None, None)
 
 
