@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST := .venv-newest
-# Python 3.12, wherever it is; empty if there is none.
-PYTHON312 ?= $(shell command -v python3.12 2>/dev/null || ls -1 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python 2>/dev/null | tail -1)
+# A Python 3.12 that runs (pyenv leaves names that do not); empty if there is none.
+PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python; do \
+  "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
 .PHONY: demo test test-newest lint coverage slow bench clean

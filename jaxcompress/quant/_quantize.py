@@ -11,35 +11,17 @@ import numpy as np
 from jaxcompress.layout import Axes, resolve_axes
 from jaxcompress.leaf import straight_through
 from jaxcompress.quant._array import QuantizedArray
-from jaxcompress.quant._elements import E4M3, Binary, Integer, Minifloat, Ternary
+from jaxcompress.quant._elements import Integer, Ternary
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._granularity import Blocks, Flat, split_blocks, spread
-from jaxcompress.quant._rounding import (
-    divisor,
-    floor_log2,
-    power_of_two,
-    round_scale,
-    round_to_integer,
+from jaxcompress.quant._rounding import divisor, round_to_integer
+from jaxcompress.quant._scales import (
+    Scales,
+    above_threshold,
+    compute_scales,
+    store_scales,
 )
 from jaxcompress.transform import check_weight
-
-_TWN_THRESHOLD = 0.7
-
-
-class Scales(NamedTuple):
-    """Scales as stored, and as used; one for each block, in flat order.
-
-    Attributes:
-      stored: Float, or uint8 codes.
-      value: float32 scales that codes are multiplied by.
-      zero: Zero points as float32 integers, or None.
-      tensor: float32 tensor scale, or None.
-    """
-
-    stored: jax.Array
-    value: jax.Array
-    zero: jax.Array | None
-    tensor: jax.Array | None
 
 
 def quantize(
@@ -116,45 +98,113 @@ def encode(
     *,
     axes: Any = None,
     key: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    zero_point: jax.Array | None = None,
     activation_scale: jax.Array | None = None,
     activation_zero: jax.Array | None = None,
     path: str = "w",
     check: bool = True,
 ) -> QuantizedArray:
-    """As `quantize`, with the codes left unpacked: the training view's stored form."""
-    who = f"quantize to {fmt.name}"
-    if check:
-        check_weight(w, path, who)
-    stated = fmt.axes if fmt.axes is not None else axes
-    w = jnp.asarray(w)
-    roles = resolve_axes(w.shape, stated, who=who, path=path)
-    blocks = Blocks(w.shape, roles, fmt.granularity, who=who, path=path)
-    flat = blocks.flat
-    a = flat.flatten(w.astype(jnp.float32))
-    if isinstance(fmt.element, Ternary):
-        a = _above_threshold(a, blocks)
-    scales = _scales(a, blocks, roles.stack, fmt)
-    codes = _codes(a, blocks, scales, fmt, _noise(a, fmt, key, who))
-    ndim = len(blocks.counts)
-    stack = w.shape[: roles.stack]
-    return QuantizedArray(
-        words=flat.unflatten(codes),
-        scale=flat.to_storage(scales.stored),
-        zero_point=_stored(flat, scales.zero, jnp.uint8),
-        tensor_scale=_stored(flat, scales.tensor, jnp.float32),
-        activation_scale=_static_scale(
-            activation_scale, activation_zero, stack, ndim, fmt, who
-        ),
-        activation_zero=_per_stack(activation_zero, stack, ndim),
-        element=fmt.element,
-        scale_format=fmt.scale,
-        label=fmt.name,
-        layout=blocks.layout,
-        packed=False,
-        pad=0,
-        dtype_name=np.dtype(w.dtype).name,
-        activations=fmt.activations,
-    )
+    """As `quantize`, with the codes left unpacked: the training view's stored form.
+
+    With ``scale``, ``float[*stack, *out_blocks, G]``, and for an asymmetric format
+    ``zero_point``, the grid is that one, rounded to the nearest that can be stored.
+    Without ``check`` the weight itself is not looked at.
+    """
+    grid = Grid.of(w, fmt, axes=axes, path=path, check=check)
+    a = grid.flatten(w)
+    if scale is None:
+        if isinstance(fmt.element, Ternary):
+            a = above_threshold(a, grid.blocks)
+        scales = compute_scales(a, grid.blocks, grid.roles.stack, fmt)
+    else:
+        scales = grid.given(scale, zero_point)
+    noise = _noise(a, fmt, key, grid.who)
+    codes = grid.blocks.flat.unflatten(grid.codes(a, scales, noise))
+    return grid.leaf(codes, scales, activation_scale, activation_zero)
+
+
+class Grid(NamedTuple):
+    """A weight's number format laid over its axes: all of a leaf but the numbers.
+
+    Attributes:
+      fmt: The number format.
+      roles: Roles of the weight's axes.
+      blocks: Which weights share a scale.
+      dtype: The weight's dtype.
+      who: Function named in errors.
+    """
+
+    fmt: NumberFormat
+    roles: Axes
+    blocks: Blocks
+    dtype: np.dtype
+    who: str
+
+    @classmethod
+    def of(
+        cls, w: jax.Array, fmt: NumberFormat, *, axes: Any, path: str, check: bool
+    ) -> Grid:
+        """Lay a format over a weight.
+
+        Raises:
+          ValueError: As `quantize` does.
+        """
+        who = f"quantize to {fmt.name}"
+        if check:
+            check_weight(w, path, who)
+        stated = fmt.axes if fmt.axes is not None else axes
+        w = jnp.asarray(w)
+        roles = resolve_axes(w.shape, stated, who=who, path=path)
+        blocks = Blocks(w.shape, roles, fmt.granularity, who=who, path=path)
+        return cls(fmt, roles, blocks, np.dtype(w.dtype), who)
+
+    def flatten(self, w: jax.Array) -> jax.Array:
+        """The weight in float32 and flat order."""
+        return self.blocks.flat.flatten(jnp.asarray(w).astype(jnp.float32))
+
+    def given(self, scale: jax.Array, zero_point: jax.Array | None = None) -> Scales:
+        """Scales as they will be stored, from real numbers in storage order."""
+        flat = self.blocks.flat
+        zero = None if zero_point is None else flat.from_storage(zero_point)
+        value = flat.from_storage(scale)
+        return store_scales(value, self.fmt, self.roles.stack)._replace(zero=zero)
+
+    def codes(
+        self, a: jax.Array, scales: Scales, noise: jax.Array | None = None
+    ) -> jax.Array:
+        """Codes of a weight in flat order."""
+        return _codes(a, self.blocks, scales, self.fmt, noise)
+
+    def leaf(
+        self,
+        codes: jax.Array,
+        scales: Scales,
+        activation_scale: jax.Array | None = None,
+        activation_zero: jax.Array | None = None,
+    ) -> QuantizedArray:
+        """The leaf of these codes, ``uint8`` in the weight's own shape, unpacked."""
+        fmt, flat = self.fmt, self.blocks.flat
+        ndim = len(self.blocks.counts)
+        stack = flat.shape[: self.roles.stack]
+        return QuantizedArray(
+            words=codes,
+            scale=flat.to_storage(scales.stored),
+            zero_point=_stored(flat, scales.zero, jnp.uint8),
+            tensor_scale=_stored(flat, scales.tensor, jnp.float32),
+            activation_scale=_static_scale(
+                activation_scale, activation_zero, stack, ndim, fmt, self.who
+            ),
+            activation_zero=_per_stack(activation_zero, stack, ndim),
+            element=fmt.element,
+            scale_format=fmt.scale,
+            label=fmt.name,
+            layout=self.blocks.layout,
+            packed=False,
+            pad=0,
+            dtype_name=self.dtype.name,
+            activations=fmt.activations,
+        )
 
 
 def _stored(flat: Flat, a: jax.Array | None, dtype: Any) -> jax.Array | None:
@@ -196,75 +246,6 @@ def _per_stack(a: Any, stack: tuple[int, ...], ndim: int) -> jax.Array | None:
         return None
     a = jnp.broadcast_to(jnp.asarray(a, jnp.float32), stack)
     return a.reshape(*stack, *(1,) * (ndim - len(stack)))
-
-
-def _above_threshold(a: jax.Array, blocks: Blocks) -> jax.Array:
-    """Zero the weights below TWN's threshold, 0.7 of the mean magnitude."""
-    mean = blocks.reduce(jnp.sum, jnp.abs(a)) / blocks.sizes()
-    parts, _ = split_blocks(a, blocks.counts)
-    kept = jnp.abs(parts) > _TWN_THRESHOLD * spread(mean, a.shape)
-    return jnp.where(kept, parts, 0.0).reshape(a.shape)
-
-
-def _scales(a: jax.Array, blocks: Blocks, stack: int, fmt: NumberFormat) -> Scales:
-    """The scale of each block, as its format defines it."""
-    element = fmt.element
-    if isinstance(element, Integer) and not (element.symmetric and element.narrow):
-        return _affine_scales(a, blocks, element, fmt)
-    if isinstance(element, Binary | Ternary):
-        count = blocks.reduce(jnp.sum, (a != 0).astype(jnp.float32))
-        if isinstance(element, Binary):
-            count = jnp.broadcast_to(blocks.sizes(), count.shape)
-        largest = blocks.reduce(jnp.sum, jnp.abs(a)) / jnp.maximum(count, 1.0)
-    else:
-        largest = blocks.reduce(jnp.max, jnp.abs(a))
-    if fmt.scale == "e8m0":
-        return _shared_exponents(largest, element)
-    if fmt.scale == "nvfp4":
-        return _two_level_scales(largest, stack, element)
-    return _float_scales(largest / element.largest, fmt)
-
-
-def _float_scales(scale: jax.Array, fmt: NumberFormat) -> Scales:
-    if isinstance(fmt.element, Binary | Ternary):
-        direction = "nearest"  # A mean, which sums may miss by their rounding.
-    else:
-        direction = "down" if fmt.rounding == "toward_zero" else "up"
-    # Computed once a block: XLA would fuse it into the loop over all weights.
-    stored = jax.lax.optimization_barrier(round_scale(scale, fmt.scale, direction))
-    return Scales(stored, stored.astype(jnp.float32), None, None)
-
-
-def _affine_scales(
-    a: jax.Array, blocks: Blocks, element: Integer, fmt: NumberFormat
-) -> Scales:
-    """Scales of a range that includes zero but is not symmetric around it."""
-    low = jnp.minimum(blocks.reduce(jnp.min, a), 0.0)
-    high = jnp.maximum(blocks.reduce(jnp.max, a), 0.0)
-    if element.symmetric:
-        return _float_scales(jnp.maximum(high / element.high, low / element.low), fmt)
-    scales = _float_scales((high - low) / (element.high - element.low), fmt)
-    zero = element.low - jnp.round(low / divisor(scales.value))
-    return scales._replace(zero=jnp.clip(zero, element.low, element.high))
-
-
-def _shared_exponents(largest: jax.Array, element: Any) -> Scales:
-    """OCP MX v1.0, section 6.3: ``2^(floor(log2(max)) - emax)``, as e8m0."""
-    top = element.top_exponent if isinstance(element, Minifloat) else 0
-    exponent = jnp.clip(floor_log2(largest) - top, -126, 127)
-    value = jnp.where(largest > 0, power_of_two(exponent), 0.0)
-    stored = jnp.where(largest > 0, exponent + 127, 0).astype(jnp.uint8)
-    return Scales(stored, value, None, None)
-
-
-def _two_level_scales(largest: jax.Array, stack: int, element: Any) -> Scales:
-    """NVFP4: e4m3 scales relative to one float32 scale a tensor."""
-    over = tuple(range(stack, largest.ndim))
-    top = largest.max(over, keepdims=True)
-    tensor = round_scale(top / (element.largest * E4M3.largest), "float32", "nearest")
-    relative = largest / element.largest / divisor(tensor)
-    stored = E4M3.encode(relative, "nearest")
-    return Scales(stored, E4M3.decode(stored) * tensor, None, tensor)
 
 
 def _noise(
