@@ -182,6 +182,19 @@ class Leaf(abc.ABC):
         del ndim
         return NotImplemented
 
+    def encode_like(self, values: jax.Array) -> Leaf:
+        """Dense values in this leaf's own format, for writing them into a part of it.
+
+        Args:
+          values: ``float[*stack, *core]``, of this leaf's core shape; stacks may differ.
+
+        Returns:
+          A leaf whose components may replace parts of this one's along the stack
+          axes, or ``NotImplemented`` where values cannot be encoded apart.
+        """
+        del values
+        return NotImplemented
+
     def dot_general(
         self,
         x: jax.Array,
@@ -477,9 +490,13 @@ def dense_dot_general(
     """Dequantize, then the dense `dot_general`: the rule every leaf falls back on."""
     w = dequantize(leaf)
     operands = (w, x) if leaf_is_lhs else (x, w)
-    return Ran(
-        jax.lax.dot_general(*operands, dimension_numbers, **params), "dequantized dot"
-    )
+    out = jax.lax.dot_general(*operands, dimension_numbers, **params)
+    if out.dtype.itemsize < 4:
+        # XLA may leave out the rounding of a result that is widened at once, and does
+        # so in the training view and not in the stored leaf, or the other way round.
+        info = jnp.finfo(out.dtype)
+        out = jax.lax.reduce_precision(out, info.nexp, info.nmant)
+    return Ran(out, "dequantized dot")
 
 
 @jax.jit

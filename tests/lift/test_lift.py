@@ -62,12 +62,22 @@ def test_gradient_of_a_disguised_tree(program: Any, request: Any) -> None:
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["packed", "view"])
-def test_value_of_a_quantized_tree(program: Any, view: bool) -> None:
+def test_value_of_a_quantized_tree(program: Any, view: bool, request: Any) -> None:
     fn, params, args = program
     packed = quantized(fn, params, args, view)
     assert any(isinstance(x, Leaf) for x in jax.tree.leaves(packed, is_leaf=is_leaf))
     expected = jax.jit(fn)(jc.materialize(packed), *args)
-    assert_trees_close(jax.jit(jc.lift(fn))(packed, *args), expected, **TOLERANCE)
+    # XLA may keep the sums of a bfloat16 matmul in float32 in the dense program.
+    half = request.node.callspec.params["program"] == "bf16_casts"
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if half else TOLERANCE
+    assert_trees_close(jax.jit(jc.lift(fn))(packed, *args), expected, **tolerance)
+
+
+def test_a_bf16_matmul_is_rounded_alike_in_view_and_storage() -> None:
+    fn, params, args = PROGRAMS["bf16_casts"]()
+    run = jax.jit(jc.lift(fn))
+    view, packed = (run(quantized(fn, params, args, v), *args) for v in (True, False))
+    np.testing.assert_array_equal(view, packed)
 
 
 def test_jit_equals_eager_and_traces_once() -> None:
