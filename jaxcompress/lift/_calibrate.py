@@ -176,12 +176,7 @@ def _merge_batches(result: Taps, taps: Taps, number: int) -> Taps:
 
 def _tap(use: Use, watched: frozenset[str], gram: bool) -> tuple[Tracked, Taps]:
     """Statistics of the other operand, for the operations that contract a weight."""
-    rows = {
-        "dot_general": _dot_rows,
-        "conv_general_dilated": _conv_rows,
-        "ragged_dot": _ragged_rows,
-        "ragged_dot_general": _ragged_rows,
-    }.get(use.op)
+    rows = ROWS.get(use.op)
     paths = watched.intersection(use.weight.paths)
     if rows is None or not paths:
         return use.weight, {}
@@ -259,3 +254,12 @@ def _ragged_rows(use: Use) -> tuple[jax.Array, jax.Array]:
     mine = (row[None] < ends[:, None]) & (row[None] >= (ends - sizes)[:, None])
     x = jnp.broadcast_to(x[None], (sizes.shape[0], *x.shape))
     return x, mine.astype(jnp.float32)
+
+
+ROWS: dict[str, Callable[[Use], tuple[jax.Array, jax.Array | None]]] = {
+    "dot_general": _dot_rows,
+    "conv_general_dilated": _conv_rows,
+    "ragged_dot": _ragged_rows,
+    "ragged_dot_general": _ragged_rows,
+}
+"""``[*stack, rows, K]`` of what enters a weight, and which rows count, by operation."""

@@ -1,0 +1,392 @@
+"""One sweep through a program that compresses each weight where it is used.
+
+What is compressed next sees what the compressed weights before it give. The program
+runs in segments between the weights, each jitted once: a scanned layer is compiled
+once, however often it runs. The algorithm for one weight comes from a family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import tree
+from jaxcompress.layout import Axes, Layout
+from jaxcompress.leaf import Leaf
+from jaxcompress.lift import _calibrate
+from jaxcompress.lift._calibrate import Statistics, statistics
+from jaxcompress.lift._explain import find_sites
+from jaxcompress.lift._journal import Journal, fingerprint
+from jaxcompress.lift._pending import Pending
+from jaxcompress.lift._streams import Interpreter, Streams
+from jaxcompress.lift._trace import Tracer, refuse_closures
+from jaxcompress.lift._tracked import LiftError, Tracked, track
+from jaxcompress.lift._walk import Use
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """How a sweep compresses one weight.
+
+    Attributes:
+      run: ``(w, stats, *, axes, path) -> leaf``, pure and jittable: of the weight
+        ``float[*stack, *core]`` and the `Statistics` of what enters its matmul, or
+        None where nothing does (an embedding look-up).
+      baseline: The same without the statistics, whose error a layer's is compared to.
+      name: What the log and the fingerprint of a resumed sweep call it.
+    """
+
+    run: Callable[..., Leaf]
+    baseline: Callable[..., Leaf]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What a sweep reports of one weight it compressed.
+
+    Attributes:
+      path: Key path.
+      entry: Which entry of the stack, or None of a weight that is whole.
+      method: What was done.
+      rows: Rows that entered its matmul.
+      error_before: Relative output error ``|X (W - Q)|^2 / |X W|^2`` of the baseline;
+        None without statistics.
+      error: Of the algorithm.
+      seconds: Time it took.
+      resumed: Whether it was read back from an earlier run.
+    """
+
+    path: str
+    entry: int | None
+    method: str
+    rows: float
+    error_before: float | None
+    error: float | None
+    seconds: float
+    resumed: bool = False
+
+
+def sweep(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    algorithms: Mapping[Any, Algorithm],
+    *,
+    reference: bool = False,
+    damping: float = 0.01,
+    work_dir: Any = None,
+    on_layer: Callable[[Layer], None] = lambda layer: None,
+) -> Any:
+    r"""Compress the chosen weights one after another, in the order the program runs.
+
+    Each sees the inputs that the compressed weights before it produce. With
+    `reference` the float model runs beside, and each weight is first moved to make up
+    for the errors before it, :math:`(\hat X^T \hat X)^{-1} \hat X^T X W`, with
+    :math:`\hat X` the compressed model's inputs and :math:`X` the float model's.
+
+    Args:
+      fn: As for `lift`; ``fn(params, *batch)`` is called.
+      params: Parameter pytree.
+      batches: Example inputs: tuples of arguments, or single arguments, alike in shape.
+        All are kept at once, with their activations between two weights.
+      algorithms: From rules, as for `compress`, to algorithms.
+      reference: Run the float model beside; twice the time and memory.
+      damping: Of that move, relative to the mean second moment.
+      work_dir: Folder for the log and finished layers; a sweep that was killed goes on
+        from there, and refuses to if the model, the batches or the rules differ.
+      on_layer: Called with the report of every layer.
+
+    Returns:
+      `params` with compressed leaves where the rules chose.
+
+    Raises:
+      ValueError: If batches is empty or unlike, a rule matches nothing, or an algorithm
+        refuses a weight; before anything runs.
+      LiftError: If a chosen weight is used where a sweep cannot reach (a while loop,
+        shard_map, a conditional that depends on the data), or not at all.
+    """
+    inputs = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not inputs:
+        raise ValueError("sweep: batches is empty; pass at least one batch.")
+    chosen = tree.choose(algorithms, params, who="sweep")
+    _check(fn, params, inputs[0], chosen)
+    journal = None
+    if work_dir is not None:
+        recipe = {path: a.name for path, a in chosen.items()}
+        recipe["reference"] = f"{reference} {damping}"
+        journal = Journal(work_dir, fingerprint(params, inputs, recipe))
+    flat, structure = tree.flatten(params)
+    pending = {p: Pending.of(w) if p in chosen else w for p, w in flat.items()}
+    streams = inputs * 2 if reference else inputs
+    run = Sweep(
+        chosen,
+        streams=len(streams),
+        references=len(inputs) if reference else 0,
+        damping=damping,
+        journal=journal,
+        on_layer=on_layer,
+    )
+    run(fn, tree.unflatten(structure, pending), streams)
+    packed = {p: run.result(p, w) if p in chosen else w for p, w in flat.items()}
+    return tree.unflatten(structure, packed)
+
+
+def _check(
+    fn: Callable[..., Any],
+    params: Any,
+    batch: tuple[Any, ...],
+    chosen: Mapping[str, Algorithm],
+) -> None:
+    """Everything that can be known before the first weight."""
+    sites, _ = find_sites(fn, params, batch, {}, who="sweep")
+    used = {s.path: s.axes for s in sites}
+    flat = tree.flatten(params)[0]
+    for path, algorithm in chosen.items():
+        if path not in used:
+            raise LiftError(f"sweep: no site uses {path!r}; leave it out of the rules.")
+        if isinstance(flat[path], Leaf):
+            raise LiftError(
+                f"sweep: {path!r} is compressed already; leave it out of the rules."
+            )
+        w = jnp.asarray(flat[path])
+        # The whole weight stands for each of its slices: blocks lie behind the stack.
+        jax.eval_shape(
+            functools.partial(algorithm.baseline, axes=used[path], path=path),
+            w,
+            None,
+        )
+
+
+class Sweep:
+    """Compresses the weights that an interpreter meets."""
+
+    def __init__(
+        self,
+        chosen: Mapping[str, Algorithm],
+        *,
+        streams: int,
+        references: int,
+        damping: float,
+        journal: Journal | None,
+        on_layer: Callable[[Layer], None],
+    ) -> None:
+        """A sweep over `streams` batches, the first `references` of them float."""
+        self.chosen = chosen
+        self.damping = damping
+        self.journal = journal
+        self.on_layer = on_layer
+        self.program = Interpreter(
+            streams=streams, references=references, visit=self.visit, who="sweep"
+        )
+        self.done: dict[str, dict[tuple[int, int], Leaf]] = {p: {} for p in chosen}
+        self.axes: dict[str, Axes] = {}
+        self._shared: tuple[Any, Any] | None = None
+        self._number = 0
+
+    def __call__(
+        self, fn: Callable[..., Any], params: Any, batches: list[tuple[Any, ...]]
+    ) -> None:
+        """Run `fn` on every batch at once."""
+        tracer = Tracer(fn, who="sweep")
+        tracked = track(params, arrays=False)
+        signed = [tracer.signature((tracked, *batch), {}) for batch in batches]
+        for number, (signature, _) in enumerate(signed):
+            if signature.key != signed[0][0].key:
+                raise ValueError(
+                    f"sweep: batches must be alike in structure, shapes and dtypes; "
+                    f"batch {number} differs from the first. Pad it, or leave it out."
+                )
+        trace = tracer(signed[0][0], lambda trace: trace)
+        operands = [
+            v[0] if isinstance(v[0], Tracked) else Streams(v)
+            for v in zip(*(ops for _, ops in signed), strict=True)
+        ]
+        refuse_closures(trace, signed[0][1], who="sweep")
+        self.program.run(trace.jaxpr, operands)
+
+    def result(self, path: str, w: jax.Array) -> Leaf:
+        """The compressed parameter; entries that never ran had no data."""
+        done = self.done[path]
+        depths = {depth for depth, _ in done}
+        if len(depths) != 1:
+            raise LiftError(
+                f"sweep: {path!r} is used "
+                + ("in slices of several kinds" if depths else "nowhere it can reach")
+                + "; leave it out of the rules."
+            )
+        (depth,) = depths
+        if not depth:
+            return done[0, 0]
+        entries = jnp.reshape(w, (-1, *w.shape[depth:]))
+        leaves = [
+            done.get((depth, i)) or self._without_data(path, entries[i])
+            for i in range(entries.shape[0])
+        ]
+        stack = w.shape[:depth]
+        return jax.tree.map(
+            lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *leaves
+        )
+
+    def _without_data(self, path: str, w: jax.Array) -> Leaf:
+        return self.chosen[path].run(w, None, axes=self.axes[path], path=path)
+
+    def visit(
+        self, weight: Tracked, site: Callable[..., Use], others: list[Streams]
+    ) -> Any:
+        """What the program goes on with at a use of a weight."""
+        pending = weight.value
+        if not isinstance(pending, Pending) or pending.index.ndim:
+            return pending
+        return pending.repeat_on(self._leaf(weight, site, others))
+
+    def _leaf(self, weight: Tracked, site: Callable[..., Use], others: Any) -> Leaf:
+        """The weight's compressed form: its own of an earlier use, or made now."""
+        pending, path = weight.value, weight.path
+        key = (pending.depth, int(pending.index))
+        if key in self.done[path]:
+            return self.done[path][key]
+        start = time.perf_counter()
+        use = site(weight, [o[0] for o in others])
+        axes = use.axes
+        if axes is None:
+            raise LiftError(
+                f"sweep: contracting and other axes of {path!r} were merged before its "
+                "use; leave it out of the rules."
+            )
+        axes = dataclasses.replace(axes, stack=max(axes.stack - pending.depth, 0))
+        algorithm, w = self.chosen[path], pending.value
+        stats, cross = self._statistics(weight, site, others)
+        if cross is not None:
+            move = self.program.jit(
+                ("move", axes), functools.partial(_move, axes, self.damping)
+            )
+            w = move(w, stats.gram, cross)
+        like = jax.eval_shape(self._compressor(algorithm.run, axes, path), w, stats)
+        leaf = self.journal.load(self._number, like) if self.journal else None
+        resumed = leaf is not None
+        if leaf is None:
+            leaf = self._compressor(algorithm.run, axes, path)(w, stats)
+        error = before = None
+        if stats is not None:
+            measure = self.program.jit(("error", axes), functools.partial(_error, axes))
+            base = self._compressor(algorithm.baseline, axes, path)(w, stats)
+            before = float(measure(w, base, stats.gram))
+            error = float(measure(w, leaf, stats.gram))
+        jax.block_until_ready(leaf)
+        layer = Layer(
+            path=path,
+            entry=key[1] if pending.depth else None,
+            method=leaf.method,
+            rows=0.0 if stats is None else float(stats.count.sum()),
+            error_before=before,
+            error=error,
+            seconds=time.perf_counter() - start,
+            resumed=resumed,
+        )
+        if self.journal is not None and not resumed:
+            self.journal.save(self._number, leaf)
+            self.journal.log(dataclasses.asdict(layer))
+        self._number += 1
+        self.done[path][key] = leaf
+        self.axes[path] = axes
+        self.on_layer(layer)
+        return leaf
+
+    def _compressor(self, f: Callable[..., Leaf], axes: Axes, path: str) -> Any:
+        """One jitted function for all weights of a rule, but for the path in errors."""
+        return self.program.jit((f, axes), functools.partial(f, axes=axes, path=path))
+
+    def _statistics(
+        self, weight: Tracked, site: Callable[..., Use], others: Any
+    ) -> tuple[Any, Any]:
+        """Statistics of the compressed inputs, and ``X_hat^T X`` with a reference.
+
+        Weights that share their input (q, k, v) share them.
+        """
+        use = site(weight, [o[0] for o in others])
+        rows = _calibrate.ROWS.get(use.op)
+        if rows is None:
+            return None, None
+        key = (
+            tuple(id(x) for x in others[0]),
+            str(use.eqn.params.get("dimension_numbers")),
+            use.weight.dims,
+        )
+        if self._shared is not None and self._shared[0] == key:
+            return self._shared[1][:2]
+
+        def collect(w: Tracked, *others: Any) -> Statistics:
+            x, mask = rows(site(w, others))
+            return statistics(x, weights=mask, gram=True)
+
+        def cross(w: Tracked, float_: Any, compressed: Any) -> jax.Array:
+            (a, _), (b, mask) = rows(site(w, float_)), rows(site(w, compressed))
+            if mask is not None:
+                b = b * mask[..., None]
+            return jnp.matmul(
+                jnp.matrix_transpose(b.astype(jnp.float32)),
+                a.astype(jnp.float32),
+                precision="highest",
+            )
+
+        each = self.program.jit(("stats", id(use.eqn)), collect)
+        stats = None
+        crossed = None
+        for i in range(self.program.references, self.program.streams):
+            mine = [o[i] for o in others]
+            new = each(weight, *mine)
+            stats = new if stats is None else stats.merge(new)
+            if self.program.references:
+                j = i - self.program.references
+                both = self.program.jit(("cross", id(use.eqn)), cross)
+                c = both(weight, [o[j] for o in others], mine)
+                crossed = c if crossed is None else crossed + c
+        # The streams are kept with their identities, which are the key.
+        self._shared = (key, (stats, crossed, others[0]))
+        return stats, crossed
+
+
+def _flat(axes: Axes, w: jax.Array) -> jax.Array:
+    """``[*stack, K, outputs]``."""
+    layout = Layout.of(w.shape, axes)
+    a = layout.to_storage(w.astype(jnp.float32))
+    stack = a.shape[: axes.stack]
+    return jnp.matrix_transpose(a.reshape(*stack, -1, a.shape[-1]))
+
+
+def _move(
+    axes: Axes, damping: float, w: jax.Array, gram: jax.Array, cross: jax.Array
+) -> jax.Array:
+    """The weight that makes up for the errors of its inputs, in least squares."""
+    layout = Layout.of(w.shape, axes)
+    k = gram.shape[-1]
+    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / k
+    ridge = damping * mean * jnp.eye(k, dtype=jnp.float32)
+    flat = _flat(axes, w)
+    right = jnp.matmul(cross + ridge, flat, precision="highest")
+    empty = mean <= 0
+    left = jnp.where(empty, jnp.eye(k, dtype=jnp.float32), gram + ridge)
+    solved = jax.scipy.linalg.solve(left, jnp.where(empty, flat, right), assume_a="pos")
+    good = jnp.isfinite(solved).all(axis=(-2, -1), keepdims=True)
+    moved = jnp.matrix_transpose(jnp.where(good, solved, flat))
+    storage = layout.to_storage(w).shape
+    return layout.from_storage(moved.reshape(storage)).astype(w.dtype)
+
+
+def _error(axes: Axes, w: jax.Array, leaf: Leaf, gram: jax.Array) -> jax.Array:
+    """Relative output error of a compressed weight, in energy."""
+    dense = _flat(axes, w)
+    off = dense - _flat(axes, leaf.materialize())
+
+    def energy(a: jax.Array) -> jax.Array:
+        return jnp.sum(a * jnp.matmul(gram, a, precision="highest"))
+
+    total = energy(dense)
+    return jnp.where(total > 0, energy(off) / jnp.where(total > 0, total, 1.0), 0.0)
