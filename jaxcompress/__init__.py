@@ -3,6 +3,7 @@
 from . import distill as distill
 from . import io as io
 from . import optim as optim
+from . import precision as precision
 from . import presets as presets
 from . import prune as prune
 from . import quant as quant

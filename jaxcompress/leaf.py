@@ -186,7 +186,7 @@ class Leaf(abc.ABC):
         """Dense values in this leaf's own format, for writing them into a part of it.
 
         Args:
-          values: ``float[*stack, *core]``, of this leaf's core shape; stacks may differ.
+          values: ``float[*stack, *core]``: this leaf's core, any stack.
 
         Returns:
           A leaf whose components may replace parts of this one's along the stack

@@ -29,3 +29,9 @@ def track(
     yield from rich_track(
         items, description, total=total, console=console, transient=True
     )
+
+
+def say(line: object) -> None:
+    """Print a line on standard error if it is a terminal."""
+    if sys.stderr.isatty():
+        Console(stderr=True, highlight=False).print(str(line))

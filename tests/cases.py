@@ -20,9 +20,12 @@ class Case:
     fn: Callable[..., Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     keeps_zeros: bool = True
+    adapts: bool = False
+    """Trains beside a frozen weight: zeros hold at the start, a mask cannot precede."""
 
     def __str__(self) -> str:
-        options = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "key")
+        named = {k: getattr(v, "name", v) for k, v in self.options.items()}
+        options = ",".join(f"{k}={v}" for k, v in named.items() if k != "key")
         return f"{self.fn.__name__}({options})"
 
     def rule(self) -> Any:
@@ -40,6 +43,15 @@ def preset(name: str) -> Callable[[], Any]:
 
     make.__name__ = name
     return make
+
+
+def calibrated() -> jc.Transform:
+    """Static activations with the ranges of some rows, for the weights of the laws."""
+    from jaxcompress.lift import statistics
+
+    x = jax.random.normal(jax.random.key(3), (8, 128))
+    stats = {path: statistics(x) for path in ("matrix", "stack")}
+    return jc.quant.calibrated(jc.presets.FP8, stats)
 
 
 PRESETS = tuple(
@@ -66,11 +78,34 @@ CASES = (
     Case(q.table, {"values": (-1.0, -0.25, 0.0, 0.5, 1.0)}),
     *(Case(f) for f in (q.mxfp8, q.mxfp6, q.mxfp4, q.mxint8, q.nvfp4)),
     Case(q.mxfp8, {"element": q.E5M2}),
+    Case(q.int3, {"group_size": 16, "search": q.mse(steps=9)}),
+    Case(q.int4, {"symmetric": False, "group_size": 16, "search": q.hqq(steps=9)}),
+    Case(calibrated),
     Case(
         q.weights,
         {"fmt": q.int4(rounding="stochastic"), "key": jax.random.key(1)},
     ),
     *(Case(preset(name)) for name in PRESETS),
+    Case(
+        q.lora,
+        {"fmt": q.nf4(group_size=16), "rank": 4, "key": jax.random.key(4)},
+        keeps_zeros=False,
+        adapts=True,
+    ),
+    Case(q.lsq, {"fmt": q.int4(group_size=16), "initial": "range"}),
+    Case(
+        q.lsq,
+        {
+            "fmt": q.int3(activations=q.static(q.Integer(bits=8, symmetric=False))),
+            "initial": "range",
+            "activation_step": 0.05,
+        },
+    ),
+    Case(q.pact, {"rule": q.int4()}),
+    Case(q.dorefa, {"bits": 3, "activation_bits": 4}, keeps_zeros=False),
+    Case(q.soft_rounding, {"fmt": q.int4(), "sharpness": 5.0, "end": 0}),
+    Case(q.delayed, {"rule": q.int4(), "begin": 0}),
+    Case(q.frozen_ranges, {"fmt": q.int4(symmetric=False), "after": 0}),
     Case(jc.prune.magnitude, {"sparsity": 0.5}),
     Case(jc.prune.magnitude, {"sparsity": 0.7, "scope": "global"}),
     Case(jc.prune.random, {"sparsity": 0.3, "key": jax.random.key(2)}),

@@ -142,7 +142,8 @@ def test_zeros_stay_zero(case: Case) -> None:
     for path, w in weights().items():
         zeros = np.asarray(dense[path])[np.asarray(w) == 0]
         assert zeros.size
-        assert (zeros == 0).all() == (case.keeps_zeros or path == "bias")
+        kept = case.keeps_zeros or case.adapts or path == "bias"
+        assert (zeros == 0).all() == kept
     leaves = jax.tree.leaves(packed(case), is_leaf=jc.is_leaf)
     leaves = [x for x in leaves if isinstance(x, jc.Leaf)]
     assert all(x.preserves_zeros == case.keeps_zeros for x in leaves)
@@ -237,9 +238,13 @@ def test_a_later_transform_preserves_an_earlier_constraint(first: Case) -> None:
         result = jc.materialize(transform.compress(params, state))
         assert_same(jc.materialize(transform.view(params, state)), result)
         assert_same(jc.materialize(alone.view(*alone.init(result))), result)
-    # Nothing but the identity may follow what fixes the value of every weight.
+    # Nothing but the identity may follow what fixes the value of every weight, and no
+    # adapters a mask.
     fixes_values = first.fn.__name__ not in ("identity", "magnitude", "random")
-    allowed = ["identity()"] if fixes_values else [str(c) for c in CASES]
+    masks = first.fn.__name__ in ("magnitude", "random")
+    free = [str(c) for c in CASES if not (masks and c.adapts)]
+    same = [str(first)] if first.adapts else []  # The adapters that are there.
+    allowed = ["identity()", *same] if fixes_values else free
     assert refused == [str(c) for c in CASES if str(c) not in allowed]
 
 

@@ -121,10 +121,11 @@ def _scan(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
                 for x in xs
             ]
             outs, taps = walker.run(params["jaxpr"], [*consts, *carry, *xs])
-        return outs[:n_carry], ([dense(y) for y in outs[n_carry:]], taps)
+        ys = [y if _is_compressed(y) else dense(y) for y in outs[n_carry:]]
+        return outs[:n_carry], (ys, taps)
 
     first = [_first(x) for x in xs]
-    carry = _steady(walker, eqn, lambda c: step(consts, c, first)[0], carry)
+    carry = _steady(walker, eqn, lambda c, x: step(consts, c, x)[0], carry, first)
 
     def scan(consts: Any, carry: Any, xs: Any) -> Any:
         return jax.lax.scan(
@@ -136,7 +137,19 @@ def _scan(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
     if taps:
         assert walker.fold is not None
         taps = {k: t if k in sliced else walker.fold(t) for k, t in taps.items()}
-    return [*carry, *ys], taps
+    leads = {x.path: x.dims[:1] for x in xs if isinstance(x, Tracked)}
+    return [*carry, *(_restacked(y, leads) for y in ys)], taps
+
+
+def _is_compressed(x: Any) -> bool:
+    return isinstance(x, Tracked) and x.compressed
+
+
+def _restacked(y: Any, leads: dict[str, Any]) -> Any:
+    """A scanned result with its first axis; that of the operand it was sliced from."""
+    if not isinstance(y, Tracked):
+        return y
+    return dataclasses.replace(y, dims=(*leads.get(y.path, ((),)), *y.dims))
 
 
 def _first(x: Any) -> Any:
@@ -153,15 +166,16 @@ def _stacked(walker: Walker, eqn: Any, x: Any) -> Any:
 
 
 def _steady(
-    walker: Walker, eqn: Any, step: Callable[[list[Any]], list[Any]], carry: list[Any]
+    walker: Walker,
+    eqn: Any,
+    step: Callable[..., list[Any]],
+    carry: list[Any],
+    *operands: Any,
 ) -> list[Any]:
     """Make dense the carried weights that one step does not hand on as they came."""
     while any(isinstance(c, Tracked) for c in carry):
-        after = jax.eval_shape(step, carry)
-        changed = [
-            isinstance(c, Tracked) and jax.tree.structure(c) != jax.tree.structure(a)
-            for c, a in zip(carry, after, strict=True)
-        ]
+        after = jax.eval_shape(step, carry, *operands)
+        changed = [_changed(c, a) for c, a in zip(carry, after, strict=True)]
         if not any(changed):
             break
         carry = [
@@ -171,19 +185,38 @@ def _steady(
     return carry
 
 
+def _changed(before: Any, after: Any) -> bool:
+    """Whether a carried weight comes back in another form."""
+    return isinstance(before, Tracked) and (
+        jax.tree.structure(before) != jax.tree.structure(after)
+    )
+
+
 def _while(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
     params = eqn.params
     conditions, bodies, carry = _split(
         operands, params["cond_nconsts"], params["body_nconsts"]
     )
-    for c in carry:
-        if isinstance(c, Tracked) and c.compressed:
-            raise LiftError(
-                f"lift: {c.path!r} is carried through a while loop, whose carry must "
-                "keep one type; let the body refer to it instead of carrying it, or "
-                "call jaxcompress.materialize on it first."
-            )
-    carry = [dense(c) for c in carry]
+    carry = [c if _is_compressed(c) else dense(c) for c in carry]
+
+    def step(bodies: Any, state: Any) -> Any:
+        with walker.inside(eqn):
+            outs, taps = walker.run(params["body_jaxpr"], [*bodies, *state])
+        _no_taps(taps)
+        return [
+            o if is_tracked(c) else dense(o) for c, o in zip(carry, outs, strict=True)
+        ]
+
+    if any(is_tracked(c) for c in carry):
+        after = jax.eval_shape(step, bodies, carry)
+        for c, a in zip(carry, after, strict=True):
+            if _changed(c, a):
+                raise LiftError(
+                    f"lift: {c.path!r} is carried through a while loop, which may "
+                    "update it but must keep its form; let the body refer to it "
+                    "instead of carrying it, or call jaxcompress.materialize on it "
+                    "first."
+                )
 
     def loop(conditions: Any, bodies: Any, carry: Any) -> Any:
         def test(state: Any) -> Any:
@@ -192,13 +225,7 @@ def _while(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
             _no_taps(taps)
             return dense(outs[0])
 
-        def body(state: Any) -> Any:
-            with walker.inside(eqn):
-                outs, taps = walker.run(params["body_jaxpr"], [*bodies, *state])
-            _no_taps(taps)
-            return [dense(o) for o in outs]
-
-        return jax.lax.while_loop(test, body, carry)
+        return jax.lax.while_loop(test, lambda state: step(bodies, state), carry)
 
     return list(_emit(walker, eqn, loop, [conditions, bodies, carry])), {}
 

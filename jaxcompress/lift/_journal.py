@@ -16,14 +16,15 @@ from jaxcompress import tree
 from jaxcompress.lift._tracked import LiftError
 
 FORMAT = 1
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Journal:
     """A folder with a log of every layer and the compressed layers themselves.
 
     ``sweep.json`` holds the fingerprint, ``log.jsonl`` one line a layer,
-    ``layer_00012.npz`` the components of the thirteenth leaf and their checksum. A
-    layer's file is complete before it has its name.
+    ``layer_00012.bin`` the checksum and the components of the thirteenth leaf. A file
+    is complete before it has its name.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
@@ -65,40 +66,29 @@ class Journal:
         if not path.exists():
             return None
         arrays, structure = jax.tree.flatten(like)
-        n = len(arrays)
-        try:
-            with np.load(path) as stored:
-                digest, *parts = [stored[f"arr_{i}"].tobytes() for i in range(n + 1)]
-        except (OSError, ValueError, KeyError) as error:
-            raise LiftError(
-                f"sweep: {path} is damaged ({error}); remove it, and the layer is "
-                "compressed again."
-            ) from None
         sizes = [a.size * np.dtype(a.dtype).itemsize for a in arrays]
-        if [len(p) for p in parts] != sizes or digest != _digest(parts):
+        data = path.read_bytes()
+        digest, body = data[:_DIGEST], data[_DIGEST:]
+        if len(body) != sum(sizes) or digest != hashlib.sha256(body).digest():
             raise LiftError(
                 f"sweep: {path} does not hold what it should; remove it, and the layer "
                 "is compressed again."
             )
+        ends = np.cumsum(sizes)
         return jax.tree.unflatten(
             structure,
             [
-                jnp.asarray(np.frombuffer(p, a.dtype).reshape(a.shape))
-                for p, a in zip(parts, arrays, strict=True)
+                jnp.asarray(
+                    np.frombuffer(body[end - n : end], a.dtype).reshape(a.shape)
+                )
+                for end, n, a in zip(ends, sizes, arrays, strict=True)
             ],
         )
 
     def save(self, number: int, leaf: Any) -> None:
         """Keep a finished layer."""
-        parts = [np.asarray(a).tobytes() for a in jax.tree.leaves(leaf)]
-        path = self._layer(number)
-        new = path.with_suffix(".tmp.npz")
-        stored = [np.frombuffer(p, np.uint8) for p in (_digest(parts), *parts)]
-        with new.open("wb") as file:
-            np.savez(file, *stored)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        body = b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(leaf))
+        _write(self._layer(number), hashlib.sha256(body).digest() + body)
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the log."""
@@ -106,7 +96,7 @@ class Journal:
             file.write(json.dumps(line) + "\n")
 
     def _layer(self, number: int) -> Path:
-        return self.folder / f"layer_{number:05d}.npz"
+        return self.folder / f"layer_{number:05d}.bin"
 
 
 def fingerprint(params: Any, batches: list[Any], recipe: dict[str, str]) -> str:
@@ -124,13 +114,6 @@ def fingerprint(params: Any, batches: list[Any], recipe: dict[str, str]) -> str:
                 else:
                     digest.update(f"{path} {a!r} ".encode())
     return digest.hexdigest()[:32]
-
-
-def _digest(parts: list[bytes]) -> bytes:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.digest()
 
 
 def _write(path: Path, data: bytes) -> None:

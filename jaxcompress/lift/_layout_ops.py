@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jaxcompress.leaf import Cast, Leaf, Reshape, Transpose
 from jaxcompress.lift import _compat
 from jaxcompress.lift._tracked import Tracked
+from jaxcompress.lift._updates import dynamic_update_slice, leading_axes, scatter
 
 
 def _transpose(eqn: Any, w: Tracked) -> Tracked:
@@ -54,13 +55,13 @@ def _slice(eqn: Any, w: Tracked) -> Tracked:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     window = [slice(*s) for s in zip(starts, limits, strides, strict=True)]
-    axes = _leading_axes(eqn.outvars[0].aval.shape, w.shape)
+    axes = leading_axes(eqn.outvars[0].aval.shape, w.shape)
     return w.leading(lambda a: a[tuple(window[:axes])], axes=axes, dims=w.dims)
 
 
 def _dynamic_slice(eqn: Any, w: Tracked, *starts: jax.Array) -> Tracked:
     sizes = eqn.params["slice_sizes"]
-    axes = _leading_axes(sizes, w.shape)
+    axes = leading_axes(sizes, w.shape)
 
     def cut(a: jax.Array) -> jax.Array:
         rest = (jnp.zeros_like(starts[0]),) * (a.ndim - axes)
@@ -69,12 +70,6 @@ def _dynamic_slice(eqn: Any, w: Tracked, *starts: jax.Array) -> Tracked:
         )
 
     return w.leading(cut, axes=axes, dims=w.dims)
-
-
-def _leading_axes(new: Any, old: tuple[int, ...]) -> int:
-    """One more than the last axis that is cut."""
-    cut = [i for i, (a, b) in enumerate(zip(new, old, strict=True)) if a != b]
-    return cut[-1] + 1 if cut else 0
 
 
 def _gather(eqn: Any, w: Tracked, indices: jax.Array) -> Tracked:
@@ -109,7 +104,10 @@ def take_rows(w: Tracked, indices: jax.Array) -> Tracked:
 
 def _sharding_constraint(eqn: Any, w: Tracked) -> Tracked:
     sharding = eqn.params["sharding"]
-    if not isinstance(w.value, Leaf) or not isinstance(sharding, NamedSharding):
+    if not isinstance(w.value, Leaf):
+        placed = jax.lax.with_sharding_constraint(w.value, sharding)
+        return Tracked(value=placed, path=w.path, dims=w.dims, rank=w.rank)
+    if not isinstance(sharding, NamedSharding):
         return NotImplemented
     spec = tuple(
         itertools.islice((*sharding.spec, *[None] * w.value.ndim), w.value.ndim)
@@ -150,7 +148,9 @@ LAYOUT_OPS: dict[str, Callable[..., Tracked]] = {
     "copy_p": _same,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": dynamic_update_slice,
     "gather": _gather,
+    "scatter": scatter,
     "sharding_constraint": _sharding_constraint,
     "pvary": _vary,
 }

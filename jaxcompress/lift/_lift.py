@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 
 from jaxcompress.lift import _compat
 from jaxcompress.lift._trace import Trace, Tracer, has_leaf, refuse_closures
-from jaxcompress.lift._tracked import LiftError, dense, track
+from jaxcompress.lift._tracked import LiftError, Tracked, dense, track
 from jaxcompress.lift._walk import Dense, Walker
 from jaxcompress.transform import Transform
 
@@ -34,7 +34,9 @@ def lift(
     and embedding look-ups on a leaf go to the leaf's own rule, everything else runs
     as it was traced. Value and gradient are those of `fn` on `materialize(params)`, to
     accumulation error. Like `jax.jit`, it traces once for each signature, so values
-    `fn` closes over are fixed at the first call.
+    `fn` closes over are fixed at the first call. Results are dense, but a leaf that
+    `fn` hands back whole, as it came or with parts overwritten (a quantized key-value
+    cache), is a leaf of the same form.
 
     Args:
       fn: Any traceable function. Arguments that are not arrays (flags, strings,
@@ -80,9 +82,22 @@ def lift(
         signature, operands = tracer.signature(*tracked)
         trace, walker = tracer(signature, make)
         outs, _ = walker.run(trace.jaxpr, operands)
-        return jax.tree.unflatten(trace.out_tree, [dense(o) for o in outs])
+        return jax.tree.unflatten(trace.out_tree, results(outs, operands))
 
     return lifted
+
+
+def results(outs: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """Dense results, but leaves where an argument comes back in its own form."""
+    forms = {_form(w) for w in operands if isinstance(w, Tracked)}
+    return [
+        o.value if isinstance(o, Tracked) and _form(o) in forms else dense(o)
+        for o in outs
+    ]
+
+
+def _form(w: Tracked) -> Any:
+    return jax.tree.structure(w), w.shape
 
 
 def wrap(fn: Callable[..., R], scheme: Transform, **options: Any) -> Callable[..., R]:

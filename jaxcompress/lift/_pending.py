@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxcompress.leaf import (
     FROZEN,
@@ -80,7 +81,12 @@ class Pending(Leaf):
         return w
 
     def relayout(self, op: LayoutOp) -> Leaf:
-        """Note the operation."""
+        """Note the operation; one that drops a lead of ones needs no note."""
+        lead = self.index.ndim
+        drops_lead = isinstance(op, Reshape) and tuple(op.shape) == self.shape[lead:]
+        if drops_lead and lead and self.index.size == 1:
+            value = self.value.reshape(self.value.shape[lead:])
+            return self.replace(value=value, index=self.index.reshape(()))
         rest = _without_lead(op, self.shape, self.index.ndim)
         return rest if rest is NotImplemented else self.replace(ops=(*self.ops, rest))
 
@@ -101,6 +107,14 @@ class Pending(Leaf):
         index = self.index.reshape(*self.index.shape, *(1,) * len(extra)) * n
         index = index + jnp.arange(n, dtype=jnp.int32).reshape(*(1,) * lead, *extra)
         return self.replace(index=index, depth=self.depth + len(extra), ops=tuple(ops))
+
+    def component_specs(self, spec: Sequence[Any], sizes: dict[Any, int]) -> Pending:
+        """The weight's own, unless layout operations have moved its axes."""
+        del sizes
+        if any(not isinstance(op, Cast) for op in self.ops):
+            raise ValueError("Pending: sharding after a layout operation is not kept.")
+        lead = PartitionSpec(*spec[: self.index.ndim])
+        return self.replace(value=PartitionSpec(*spec), index=lead)
 
     def repeat_on(self, leaf: Leaf) -> Any:
         """The compressed weight after the same operations; dense where it cannot."""

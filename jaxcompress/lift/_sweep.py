@@ -19,15 +19,17 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.layout import Axes, Layout
 from jaxcompress.leaf import Leaf
-from jaxcompress.lift import _calibrate
-from jaxcompress.lift._calibrate import Statistics, statistics
-from jaxcompress.lift._explain import find_sites
+from jaxcompress.lift._explain import find_sites, site_axes
 from jaxcompress.lift._journal import Journal, fingerprint
 from jaxcompress.lift._pending import Pending
+from jaxcompress.lift._rows import ROWS
+from jaxcompress.lift._statistics import Statistics, statistics
 from jaxcompress.lift._streams import Interpreter, Streams
 from jaxcompress.lift._trace import Tracer, refuse_closures
 from jaxcompress.lift._tracked import LiftError, Tracked, track
 from jaxcompress.lift._walk import Use
+from jaxcompress.progress import say
+from jaxcompress.transform import check_weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,16 @@ class Layer:
     seconds: float
     resumed: bool = False
 
+    def __str__(self) -> str:
+        """One line, for people who watch."""
+        name = self.path if self.entry is None else f"{self.path}[{self.entry}]"
+        if self.error is None or self.error_before is None:
+            return f"{name}: {self.method}, without data"
+        return (
+            f"{name}: {self.method}, relative output error {self.error_before:.3g} -> "
+            f"{self.error:.3g}, {self.seconds:.1f} s" + " (resumed)" * self.resumed
+        )
+
 
 def sweep(
     fn: Callable[..., Any],
@@ -82,7 +94,8 @@ def sweep(
     reference: bool = False,
     damping: float = 0.01,
     work_dir: Any = None,
-    on_layer: Callable[[Layer], None] = lambda layer: None,
+    histogram: bool = False,
+    on_layer: Callable[[Layer], None] = say,
 ) -> Any:
     r"""Compress the chosen weights one after another, in the order the program runs.
 
@@ -101,7 +114,8 @@ def sweep(
       damping: Of that move, relative to the mean second moment.
       work_dir: Folder for the log and finished layers; a sweep that was killed goes on
         from there, and refuses to if the model, the batches or the rules differ.
-      on_layer: Called with the report of every layer.
+      histogram: Collect histograms of the inputs too, for activation ranges.
+      on_layer: Called with the report of every layer; by default says it on a terminal.
 
     Returns:
       `params` with compressed leaves where the rules chose.
@@ -116,26 +130,40 @@ def sweep(
     if not inputs:
         raise ValueError("sweep: batches is empty; pass at least one batch.")
     chosen = tree.choose(algorithms, params, who="sweep")
-    _check(fn, params, inputs[0], chosen)
+    flat, structure = tree.flatten(params)
+    _refuse_leaves({path: flat[path] for path in chosen})
+    pending = tree.unflatten(
+        structure, {p: Pending.of(w) if p in chosen else w for p, w in flat.items()}
+    )
+    axes = _check(fn, pending, inputs[0], chosen)
     journal = None
     if work_dir is not None:
         recipe = {path: a.name for path, a in chosen.items()}
         recipe["reference"] = f"{reference} {damping}"
         journal = Journal(work_dir, fingerprint(params, inputs, recipe))
-    flat, structure = tree.flatten(params)
-    pending = {p: Pending.of(w) if p in chosen else w for p, w in flat.items()}
     streams = inputs * 2 if reference else inputs
     run = Sweep(
         chosen,
+        axes,
         streams=len(streams),
         references=len(inputs) if reference else 0,
         damping=damping,
+        histogram=histogram,
         journal=journal,
         on_layer=on_layer,
     )
-    run(fn, tree.unflatten(structure, pending), streams)
+    run(fn, pending, streams)
     packed = {p: run.result(p, w) if p in chosen else w for p, w in flat.items()}
     return tree.unflatten(structure, packed)
+
+
+def _refuse_leaves(weights: Mapping[str, Any]) -> None:
+    for path, w in weights.items():
+        if isinstance(w, Leaf):
+            raise LiftError(
+                f"sweep: {path!r} is compressed already; leave it out of the rules."
+            )
+        check_weight(w, path, "sweep")
 
 
 def _check(
@@ -143,25 +171,20 @@ def _check(
     params: Any,
     batch: tuple[Any, ...],
     chosen: Mapping[str, Algorithm],
-) -> None:
-    """Everything that can be known before the first weight."""
+) -> dict[str, Axes]:
+    """Refuse what can be refused before the first weight; the axes of each."""
     sites, _ = find_sites(fn, params, batch, {}, who="sweep")
-    used = {s.path: s.axes for s in sites}
+    axes = site_axes(sites)
     flat = tree.flatten(params)[0]
     for path, algorithm in chosen.items():
-        if path not in used:
-            raise LiftError(f"sweep: no site uses {path!r}; leave it out of the rules.")
-        if isinstance(flat[path], Leaf):
+        if path not in axes:
             raise LiftError(
-                f"sweep: {path!r} is compressed already; leave it out of the rules."
+                f"sweep: no matmul or look-up uses {path!r}; leave it out of the rules."
             )
-        w = jnp.asarray(flat[path])
         # The whole weight stands for each of its slices: blocks lie behind the stack.
-        jax.eval_shape(
-            functools.partial(algorithm.baseline, axes=used[path], path=path),
-            w,
-            None,
-        )
+        run = functools.partial(algorithm.baseline, axes=axes[path], path=path)
+        jax.eval_shape(run, flat[path].value, None)
+    return axes
 
 
 class Sweep:
@@ -170,23 +193,26 @@ class Sweep:
     def __init__(
         self,
         chosen: Mapping[str, Algorithm],
+        axes: Mapping[str, Axes],
         *,
         streams: int,
         references: int,
         damping: float,
+        histogram: bool,
         journal: Journal | None,
         on_layer: Callable[[Layer], None],
     ) -> None:
         """A sweep over `streams` batches, the first `references` of them float."""
         self.chosen = chosen
+        self.axes = axes
         self.damping = damping
+        self.histogram = histogram
         self.journal = journal
         self.on_layer = on_layer
         self.program = Interpreter(
             streams=streams, references=references, visit=self.visit, who="sweep"
         )
         self.done: dict[str, dict[tuple[int, int], Leaf]] = {p: {} for p in chosen}
-        self.axes: dict[str, Axes] = {}
         self._shared: tuple[Any, Any] | None = None
         self._number = 0
 
@@ -214,19 +240,12 @@ class Sweep:
     def result(self, path: str, w: jax.Array) -> Leaf:
         """The compressed parameter; entries that never ran had no data."""
         done = self.done[path]
-        depths = {depth for depth, _ in done}
-        if len(depths) != 1:
-            raise LiftError(
-                f"sweep: {path!r} is used "
-                + ("in slices of several kinds" if depths else "nowhere it can reach")
-                + "; leave it out of the rules."
-            )
-        (depth,) = depths
+        depth = max((depth for depth, _ in done), default=0)
         if not depth:
-            return done[0, 0]
+            return done.get((0, 0)) or self._without_data(path, w, 0, None)
         entries = jnp.reshape(w, (-1, *w.shape[depth:]))
         leaves = [
-            done.get((depth, i)) or self._without_data(path, entries[i])
+            done.get((depth, i)) or self._without_data(path, entries[i], depth, i)
             for i in range(entries.shape[0])
         ]
         stack = w.shape[:depth]
@@ -234,8 +253,25 @@ class Sweep:
             lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *leaves
         )
 
-    def _without_data(self, path: str, w: jax.Array) -> Leaf:
-        return self.chosen[path].run(w, None, axes=self.axes[path], path=path)
+    def _without_data(
+        self, path: str, w: jax.Array, depth: int, entry: int | None
+    ) -> Leaf:
+        """The compressed form of a weight, or an entry of it, that never ran."""
+        axes = self.axes[path]
+        axes = dataclasses.replace(axes, stack=max(axes.stack - depth, 0))
+        leaf = self.chosen[path].run(w, None, axes=axes, path=path)
+        self.on_layer(
+            Layer(
+                path=path,
+                entry=entry,
+                method=leaf.method,
+                rows=0.0,
+                error_before=None,
+                error=None,
+                seconds=0.0,
+            )
+        )
+        return leaf
 
     def visit(
         self, weight: Tracked, site: Callable[..., Use], others: list[Streams]
@@ -295,7 +331,6 @@ class Sweep:
             self.journal.log(dataclasses.asdict(layer))
         self._number += 1
         self.done[path][key] = leaf
-        self.axes[path] = axes
         self.on_layer(layer)
         return leaf
 
@@ -311,7 +346,7 @@ class Sweep:
         Weights that share their input (q, k, v) share them.
         """
         use = site(weight, [o[0] for o in others])
-        rows = _calibrate.ROWS.get(use.op)
+        rows = ROWS.get(use.op)
         if rows is None:
             return None, None
         key = (
@@ -324,7 +359,7 @@ class Sweep:
 
         def collect(w: Tracked, *others: Any) -> Statistics:
             x, mask = rows(site(w, others))
-            return statistics(x, weights=mask, gram=True)
+            return statistics(x, weights=mask, gram=True, histogram=self.histogram)
 
         def cross(w: Tracked, float_: Any, compressed: Any) -> jax.Array:
             (a, _), (b, mask) = rows(site(w, float_)), rows(site(w, compressed))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,8 @@ class Walker:
       fold: Reduces a tap stacked by a scan over which its weight did not vary.
       inline: Enter nested jits instead of emitting them: each site is then seen.
       custom_vjp: ``"error"``, ``"inline"`` or ``"opaque"``, where one has a use.
+      rewrites: What to run instead of an equation without a weight, by the identities
+        of the equations around it, outermost first, and its own.
     """
 
     visit: Callable[[Use], tuple[Tracked, Taps]] = _visit_nothing
@@ -101,6 +103,9 @@ class Walker:
     fold: Callable[[Any], Any] | None = None
     inline: bool = False
     custom_vjp: str = "error"
+    rewrites: Mapping[tuple[int, ...], Callable[[Any, list[Any]], list[Any]]] = (
+        dataclasses.field(default_factory=dict)
+    )
     scope: tuple[Any, ...] = ()
     times: int = 1
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -127,6 +132,8 @@ class Walker:
                         if any(isinstance(v, Tracked) for v in values):
                             results, new = self.step(eqn, values)
                             taps = self.join(taps, new)
+                        elif self.rewrites:
+                            results = self.rewrite(eqn, values)
                         else:
                             results = _compat.bind(eqn, values)
                     env.update(zip(eqn.outvars, results, strict=True))
@@ -138,8 +145,8 @@ class Walker:
         if name in _control.CONTROL:
             return _control.CONTROL[name](self, eqn, values)
         if name in LAYOUT_OPS and isinstance(values[0], Tracked):
-            rest = [dense(v) for v in values[1:]]
-            moved = LAYOUT_OPS[name](eqn, values[0], *rest)
+            values = [values[0], *self.densify(eqn, values[1:])]
+            moved = LAYOUT_OPS[name](eqn, *values)
             if moved is not NotImplemented:
                 return [moved], {}
         if name in TARGETS:
@@ -152,6 +159,15 @@ class Walker:
                 "weight first."
             )
         return _compat.bind(eqn, self.densify(eqn, values)), {}
+
+    def rewrite(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """Evaluate an equation without a weight, entering it if need be."""
+        key = (*map(id, self.scope), id(eqn))
+        if key in self.rewrites:
+            return self.rewrites[key](eqn, values)
+        if any(k[: len(key)] == key for k in self.rewrites):
+            return _control.CONTROL[eqn.primitive.name](self, eqn, values)[0]
+        return _compat.bind(eqn, values)
 
     def use(self, eqn: Any, values: list[Any]) -> tuple[list[Any], Taps]:
         """Run a target operation by the rule of the weight among its operands."""

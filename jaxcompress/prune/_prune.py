@@ -219,6 +219,8 @@ def _masks(
     for_values(roles, params)
     ranks = for_values(ranked, params)
     flat, structure = jax.tree.flatten(ranks, is_leaf=is_leaf)
+    if not flat:
+        return masks  # Leaves without values, which the view refuses by name.
     total = sum(r.size for r in flat)
     if total >= 2**31:
         raise ValueError(

@@ -211,6 +211,12 @@ class QuantizedArray(Leaf):
         }
         return self.replace(layout=layout, **grown)
 
+    def encode_like(self, values: jax.Array) -> Leaf:
+        """Codes and scales of other values, each with scales of its own."""
+        from jaxcompress.quant._cache import encode_like
+
+        return encode_like(self, values)
+
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:

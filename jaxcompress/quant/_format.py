@@ -30,6 +30,7 @@ from jaxcompress.quant._elements import (
     normal_quantiles,
 )
 from jaxcompress.quant._granularity import Granularity, PerChannel, PerGroup
+from jaxcompress.quant._ranges import HQQ, Search
 from jaxcompress.quant._rounding import ROUNDINGS, Rounding
 
 ScaleFormat = Literal["float32", "bfloat16", "float16", "e8m0", "nvfp4"]
@@ -49,6 +50,7 @@ class NumberFormat:
         matrix, or to take them from the traced function.
       rounding: Of codes.
       clip_gradient: Pass the gradient only where the grid does not clip.
+      search: How the range of a block is found; None for its largest weight.
       activations: How the matmul treats its other operand; None leaves it alone.
       label: What reports call it, where the parts do not say.
     """
@@ -61,11 +63,13 @@ class NumberFormat:
     clip_gradient: bool = False
     activations: Activations | None = None
     label: str = ""
+    search: Search | None = None
 
     @property
     def name(self) -> str:
         """``"int4 g128"``, for reports."""
         base = self.label or f"{self.element.label}{self.granularity.label}"
+        base = f"{base} {self.search.label}" if self.search else base
         return f"{base} + {self.activations.label}" if self.activations else base
 
     def replace(self, **changes: Any) -> NumberFormat:
@@ -88,6 +92,7 @@ def number_format(
     axes: Axes | int | tuple[int, ...] | None = None,
     rounding: Rounding = "nearest",
     clip_gradient: bool = False,
+    search: Search | None = None,
     activations: Activations | None = None,
 ) -> NumberFormat:
     """A format with a floating scale for each group, or output channel, or as said.
@@ -100,6 +105,8 @@ def number_format(
       axes: Contracting axes of the weight, negative, or `Axes`; see `resolve_axes`.
       rounding: ``"nearest"``, ``"stochastic"`` (needs a key) or ``"toward_zero"``.
       clip_gradient: Clipped straight-through: no gradient beyond the grid.
+      search: `mse()`, `percentile(...)` or `hqq()`: the range of a block, where it is
+        not to be that of its largest weight.
       activations: `dynamic(...)` or `static(...)`.
 
     Raises:
@@ -125,6 +132,11 @@ def number_format(
             f"{element.label}: scale_dtype must be one of {SCALE_FORMATS[:3]}; got "
             f"{scale}."
         )
+    if search is not None and isinstance(element, Binary | Ternary):
+        raise ValueError(
+            f"{element.label}: search must be left out; the scale is a mean, already "
+            f"that of least squared error. Got {search}."
+        )
     if granularity is None:
         granularity = PerChannel() if group_size is None else PerGroup(size=group_size)
     return NumberFormat(
@@ -134,6 +146,7 @@ def number_format(
         axes=axes if not isinstance(axes, list) else tuple(axes),
         rounding=rounding,
         clip_gradient=clip_gradient,
+        search=search,
         activations=activations,
     )
 
@@ -309,6 +322,11 @@ def _block(
     if fixed := {"group_size", "granularity", "scale_dtype"} & options.keys():
         raise ValueError(
             f"{label}: {sorted(fixed)} are fixed by the format; leave them out."
+        )
+    if isinstance(options.get("search"), HQQ):
+        raise ValueError(
+            f"{label}: hqq() solves floating scales, and those of the format are of a "
+            "few bits; use search=mse()."
         )
     base = number_format(element, group_size=size, **options)
     return base.replace(scale=scale, label=label)

@@ -208,6 +208,7 @@ class Blocks:
         Raises:
           ValueError: If a block does not divide its axis, or an axis is out of range.
         """
+        self._key = (tuple(shape), axes, granularity)
         self.layout = Layout.of(shape, axes)
         self.flat = Flat(shape, self.layout)
         sizes = {a: shape[a] for a in range(-len(shape), 0)}
@@ -233,6 +234,12 @@ class Blocks:
         storage.insert(self.flat.position, storage.pop())
         self.counts = tuple(storage)
         self.contract_sizes = tuple(shape[a] for a in self.layout.contract)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Blocks) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def reduce(self, op: Callable[..., jax.Array], a: jax.Array) -> jax.Array:
         """`op` (max, min or sum) of each block of a flat weight, in flat order."""

@@ -13,12 +13,12 @@ from jaxcompress.leaf import straight_through
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer, Ternary
 from jaxcompress.quant._format import NumberFormat
-from jaxcompress.quant._granularity import Blocks, Flat, split_blocks, spread
-from jaxcompress.quant._rounding import divisor, round_to_integer
+from jaxcompress.quant._granularity import Blocks, Flat
 from jaxcompress.quant._scales import (
     Scales,
     above_threshold,
     compute_scales,
+    encode_blocks,
     store_scales,
 )
 from jaxcompress.transform import check_weight
@@ -102,12 +102,15 @@ def encode(
     zero_point: jax.Array | None = None,
     activation_scale: jax.Array | None = None,
     activation_zero: jax.Array | None = None,
+    importance: jax.Array | None = None,
     path: str = "w",
     check: bool = True,
 ) -> QuantizedArray:
     """As `quantize`, with the codes left unpacked: the training view's stored form.
 
-    With ``scale``, ``float[*stack, *out_blocks, G]``, and for an asymmetric format
+    ``importance``, ``float[*stack, K]``, is what a squared error in each input counts
+    for in a search by `mse` (the second moment of the activations, for one). With
+    ``scale``, ``float[*stack, *out_blocks, G]``, and for an asymmetric format
     ``zero_point``, the grid is that one, rounded to the nearest that can be stored.
     Without ``check`` the weight itself is not looked at.
     """
@@ -116,7 +119,8 @@ def encode(
     if scale is None:
         if isinstance(fmt.element, Ternary):
             a = above_threshold(a, grid.blocks)
-        scales = compute_scales(a, grid.blocks, grid.roles.stack, fmt)
+        counts = None if importance is None else grid.along_inputs(importance)
+        scales = compute_scales(a, grid.blocks, grid.roles.stack, fmt, counts)
     else:
         scales = grid.given(scale, zero_point)
     noise = _noise(a, fmt, key, grid.who)
@@ -163,6 +167,14 @@ class Grid(NamedTuple):
         """The weight in float32 and flat order."""
         return self.blocks.flat.flatten(jnp.asarray(w).astype(jnp.float32))
 
+    def along_inputs(self, a: jax.Array) -> jax.Array:
+        """``[*stack, K]`` in float32, to broadcast against a flat weight."""
+        flat = self.blocks.flat
+        dims = [1] * len(self.blocks.counts)
+        dims[: flat.stack] = flat.shape[: flat.stack]
+        dims[flat.position] = flat.k
+        return a.astype(jnp.float32).reshape(dims)
+
     def given(self, scale: jax.Array, zero_point: jax.Array | None = None) -> Scales:
         """Scales as they will be stored, from real numbers in storage order."""
         flat = self.blocks.flat
@@ -174,7 +186,7 @@ class Grid(NamedTuple):
         self, a: jax.Array, scales: Scales, noise: jax.Array | None = None
     ) -> jax.Array:
         """Codes of a weight in flat order."""
-        return _codes(a, self.blocks, scales, self.fmt, noise)
+        return encode_blocks(a, self.blocks, scales, self.fmt, noise).reshape(a.shape)
 
     def leaf(
         self,
@@ -258,20 +270,3 @@ def _noise(
             f"{who}: stochastic rounding needs a key; pass key=jax.random.key(...)."
         )
     return jax.random.uniform(key, a.shape, jnp.float32)
-
-
-def _codes(
-    a: jax.Array, blocks: Blocks, scales: Scales, fmt: NumberFormat, noise: Any
-) -> jax.Array:
-    """Codes of a flat weight."""
-    parts, _ = split_blocks(a, blocks.counts)
-    scaled = parts / spread(divisor(scales.value), a.shape)
-    noise = None if noise is None else noise.reshape(scaled.shape)
-    if scales.zero is None:
-        codes = fmt.element.encode(scaled, fmt.rounding, noise)
-    else:
-        assert isinstance(fmt.element, Integer)
-        shifted = round_to_integer(scaled, fmt.rounding, noise)
-        shifted = shifted + spread(scales.zero, a.shape)
-        codes = jnp.clip(shifted, fmt.element.low, fmt.element.high).astype(jnp.uint8)
-    return codes.reshape(a.shape)

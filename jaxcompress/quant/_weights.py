@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.layout import resolve_axes
 from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._format import NumberFormat
@@ -48,8 +50,9 @@ def weights(
     Args:
       fmt: The number format.
       key: For stochastic rounding; every update draws new noise.
-      activation_scale: Calibrated scale of static activations, for every leaf.
-      activation_zero: Its zero point, if they are asymmetric.
+      activation_scale: Calibrated scale of static activations: for every leaf, or a
+        mapping from paths, as `calibrated` makes it.
+      activation_zero: Its zero point, if they are asymmetric; likewise.
 
     Raises:
       ValueError: From ``init``: weights or groups that `quantize` refuses.
@@ -79,15 +82,15 @@ def weights(
             fmt,
             axes=site.axes,
             key=noise,
-            activation_scale=activation_scale,
-            activation_zero=activation_zero,
+            activation_scale=of_leaf(activation_scale, w, site, fmt),
+            activation_zero=of_leaf(activation_zero, w, site, fmt),
             path=site.path,
             check=False,
         )
 
     def fake(w: jax.Array, site: Site, state: WeightsState) -> StraightThrough:
         stored = encoded(w, site, state)
-        gate = _within(w, stored) if fmt.clip_gradient else None
+        gate = within_range(w, stored) if fmt.clip_gradient else None
         return StraightThrough(latent=w, stored=stored, gate=gate)
 
     def init(params: Any) -> tuple[Any, WeightsState]:
@@ -113,7 +116,28 @@ def weights(
     return Transform(init, view, update, compress)
 
 
-def _within(w: jax.Array, stored: QuantizedArray) -> jax.Array:
+def of_leaf(a: Any, w: jax.Array, site: Site, fmt: NumberFormat) -> Any:
+    """A calibrated number: one for all, or that of the leaf's path."""
+    if not isinstance(a, Mapping):
+        return a
+    by = f"quant.calibrated({fmt.name})"
+    if site.path not in a:
+        raise ValueError(
+            f"{by}: there are no statistics for {site.path!r}, only for {sorted(a)}; "
+            "calibrate the function that uses it, or leave it out of the rule."
+        )
+    found = jnp.asarray(a[site.path])
+    axes = site.axes if fmt.axes is None else fmt.axes
+    stack = resolve_axes(w.shape, axes, who=by, path=site.path).stack
+    if found.shape not in ((), w.shape[:stack]):
+        raise ValueError(
+            f"{by}: the statistics of {site.path!r} are of a stack {found.shape}, the "
+            f"weight's is {w.shape[:stack]}; state its axes, as with axes=-2."
+        )
+    return found
+
+
+def within_range(w: jax.Array, stored: QuantizedArray) -> jax.Array:
     """Where a weight lies within the range of its grid.
 
     The largest weight may miss the grid's end by the rounding of its scale.

@@ -1,0 +1,44 @@
+"""Rows of a table: printed as they come, saved at the end and after every row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Report:
+    """Results of one script."""
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        """An empty table."""
+        self.path = RESULTS / f"{name}.json"
+        self.doc = doc
+        self.rows: list[dict[str, Any]] = []
+        self.start = time.perf_counter()
+
+    def add(self, model: str, method: str, note: str, score: Any, **more: Any) -> None:
+        """Print a row and keep it."""
+        seconds = round(time.perf_counter() - self.start, 1)
+        row = {"model": model, "method": method, "score": score, **more}
+        self.rows.append({**row, "note": note, "seconds": seconds})
+        extra = "  ".join(f"{k} {v}" for k, v in more.items())
+        print(f"{model:<12}{method:<34}{score:>9.4f}  {extra} {note}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write everything so far."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "jax": jax.__version__,
+            "platform": jax.default_backend(),
+            "rows": self.rows,
+        }
+        self.path.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,98 @@
+"""Whole models through the sweep, by each algorithm."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import quant
+from jaxcompress.lift import Layer
+
+
+class Net(nn.Module):
+    """An embedding, and scanned layers."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+                y = nn.relu(nn.Dense(32, name="up")(nn.LayerNorm()(x)))
+                return x + nn.Dense(16, name="down")(y), None
+
+        scan = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        x = nn.Embed(32, 16, name="embed")(tokens)
+        return scan(name="block")(x, None)[0]
+
+
+@pytest.fixture(scope="module")
+def net() -> Any:
+    model, rng = Net(), np.random.default_rng(0)
+    batches = [jnp.asarray(rng.integers(0, 32, (8, 16)), jnp.int32) for _ in range(2)]
+    params = model.init(jax.random.key(0), batches[0])
+    # Some channels of the layer norms are loud.
+    gain = jnp.where(jnp.arange(16) % 8 == 3, 20.0, 1.0)
+    loud = lambda a: a * jnp.broadcast_to(gain, a.shape)
+    flat, structure = jc.tree.flatten(params)
+    flat = {p: loud(a) if p.endswith("scale") else a for p, a in flat.items()}
+    return model.apply, jc.tree.unflatten(structure, flat), batches
+
+
+RULES = {"**/kernel": quant.int3(), "**/embedding": quant.int8()}
+W8A8 = {"**/kernel": jc.presets.W8A8}
+
+
+def error(net: Any, packed: Any) -> float:
+    apply, params, batches = net
+    expected = apply(params, batches[0])
+    off = jc.lift(apply)(packed, batches[0]) - expected
+    return float(jnp.square(off).mean() / jnp.square(expected).mean())
+
+
+ROUNDED = functools.partial(quant.post_training, core=quant.round_weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "rules", "factor"),
+    [
+        (quant.gptq, RULES, 0.6),
+        (functools.partial(quant.gptq, reference=True), RULES, 0.4),
+        (functools.partial(quant.adaround, iterations=200), RULES, 0.8),
+        (quant.awq, RULES, 0.8),
+        (functools.partial(quant.awq, base=quant.gptq_weight), RULES, 0.6),
+        (quant.smoothquant, W8A8, 0.8),
+    ],
+)
+def test_every_algorithm_beats_rounding(
+    net: Any, method: Any, rules: Any, factor: float
+) -> None:
+    packed = method(*net, rules=rules)
+    assert error(net, packed) < factor * error(net, ROUNDED(*net, rules=rules))
+
+
+def test_static_activations_take_their_scale_from_the_sweep(net: Any) -> None:
+    rules = {"**/kernel": jc.presets.FP8}
+    for core in (quant.round_weight, quant.gptq_weight):
+        packed = quant.post_training(*net, rules=rules, core=core)
+        kernel = packed["params"]["block"]["up"]["kernel"]
+        assert kernel.activation_scale.size == 2
+        assert error(net, packed) < 0.01
+
+
+def test_the_log_says_the_error_before_and_after(net: Any) -> None:
+    layers: list[Layer] = []
+    quant.gptq(*net, rules=RULES, on_layer=layers.append)
+    swept = [x for x in layers if x.error is not None and x.error_before is not None]
+    assert len(swept) == 4
+    assert all(x.error < x.error_before for x in swept)  # type: ignore[operator]
+    assert str(layers[0]) == "params/embed/embedding: int8, without data"
+    assert "params/block/up/kernel[0]: int3, relative output error" in str(layers[1])
