@@ -158,12 +158,3 @@ ROWS: dict[str, Callable[[Use], tuple[jax.Array, jax.Array | None]]] = {
     "ragged_dot_general": _ragged_rows,
 }
 """``[*stack, rows, K]`` of what enters a weight, and which rows count, by operation."""
-
-
-ROWS = {
-    "dot_general": _dot_rows,
-    "conv_general_dilated": _conv_rows,
-    "ragged_dot": _ragged_rows,
-    "ragged_dot_general": _ragged_rows,
-}
-"""From a use to ``float[*stack, rows, K]`` and the weights of its rows, or None."""
