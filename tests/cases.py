@@ -28,6 +28,11 @@ class Case:
         options = ",".join(f"{k}={v}" for k, v in named.items() if k != "key")
         return f"{self.fn.__name__}({options})"
 
+    @property
+    def is_variant(self) -> bool:
+        """Differs from another row by a number only: its laws run in `make slow`."""
+        return self.fn.__name__ in VARIANTS
+
     def rule(self) -> Any:
         """A number format or transform."""
         return self.fn(**self.options)
@@ -53,6 +58,11 @@ def calibrated() -> jc.Transform:
     stats = {path: statistics(x) for path in ("matrix", "stack")}
     return jc.quant.calibrated(jc.presets.FP8, stats)
 
+
+VARIANTS = (
+    *("int5", "int6", "int7", "fp6_e2m3", "normal", "lloyd", "mxfp6"),
+    *("W8A16", "W4A8", "MXFP4", "NVFP4"),
+)
 
 PRESETS = tuple(
     name

@@ -24,7 +24,11 @@ AXES = {
     "stack": Axes(contract=(-2,), stack=1),
     "bias": Axes(contract=(-1,)),
 }
-cases = pytest.mark.parametrize("case", CASES, ids=str)
+EVERY = [
+    pytest.param(case, marks=pytest.mark.slow if case.is_variant else (), id=str(case))
+    for case in CASES
+]
+cases = pytest.mark.parametrize("case", EVERY)
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"]
 )
@@ -221,7 +225,7 @@ def test_a_sharded_leaf_runs_as_the_whole_one(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("first", CASES, ids=str)
+@pytest.mark.parametrize("first", EVERY)
 def test_a_later_transform_preserves_an_earlier_constraint(first: Case) -> None:
     """A constraint holds where its own method changes nothing any more."""
     stack = {"stack": weights()["stack"]}

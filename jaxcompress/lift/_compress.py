@@ -14,7 +14,7 @@ def compress(
     rules: Mapping[Any, Any],
     *,
     fn: Callable[..., Any] | None = None,
-    example: Any = None,
+    example: Any = (),
 ) -> Any:
     """Compress the leaves that the rules choose, without training.
 

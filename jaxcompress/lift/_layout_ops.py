@@ -24,7 +24,12 @@ def _transpose(eqn: Any, w: Tracked) -> Tracked:
 def _reshape(eqn: Any, w: Tracked) -> Tracked:
     if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
         return NotImplemented
-    return w.relayout(Reshape(shape=eqn.outvars[0].aval.shape))
+    shape = tuple(eqn.outvars[0].aval.shape)
+    moved = w.relayout(Reshape(shape=shape))
+    if moved is NotImplemented and w.shape == (1, *shape):
+        # What a dynamic index leaves of a stack: the one entry, of every component.
+        return w.leading(lambda a: a[0], axes=1, dims=w.dims[1:])
+    return moved
 
 
 def _broadcast_in_dim(eqn: Any, w: Tracked, *dynamic: Any) -> Tracked:

@@ -374,3 +374,16 @@ def test_a_layer_is_overwritten_and_a_leaf_handed_back_whole_is_the_leaf() -> No
     np.testing.assert_array_equal(whole.words, stack.words)
     np.testing.assert_array_equal(part, before[1])
     np.testing.assert_array_equal(turned, before[::-1])
+
+
+def test_a_layer_of_a_stacked_cache_stays_compressed() -> None:
+    def scores(cache: Any, q: jax.Array, layer: jax.Array) -> jax.Array:
+        key = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+        return jnp.einsum("bth,bsh->bts", q, key)
+
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 8, 4)), np.float32)
+    cache = jc.quant.quantize(values, jc.quant.int8(axes=-1))
+    q = jnp.ones((2, 1, 4))
+    found = jc.lift(scores, on_dense="error")(cache, q, jnp.int32(1))
+    expected = scores(cache.materialize(), q, jnp.int32(1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -66,9 +66,19 @@ ROUNDED = functools.partial(quant.post_training, core=quant.round_weight)
     [
         (quant.gptq, RULES, 0.6),
         (functools.partial(quant.gptq, reference=True), RULES, 0.4),
-        (functools.partial(quant.adaround, iterations=200), RULES, 0.8),
+        pytest.param(
+            functools.partial(quant.adaround, iterations=200),
+            RULES,
+            0.8,
+            marks=pytest.mark.slow,
+        ),
         (quant.awq, RULES, 0.8),
-        (functools.partial(quant.awq, base=quant.gptq_weight), RULES, 0.6),
+        pytest.param(
+            functools.partial(quant.awq, base=quant.gptq_weight),
+            RULES,
+            0.6,
+            marks=pytest.mark.slow,
+        ),
         (quant.smoothquant, W8A8, 0.8),
     ],
 )
