@@ -9,6 +9,20 @@ import jax
 import jax.extend.core as jex
 from jax.core import Tracer
 
+CALLS = frozenset(
+    {
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+    }
+)
+"""Operations that run a program once, on their operands as they are."""
+
 # Their sub-jaxprs combine scalars and cannot hold a weight.
 _SCALAR_BODIES = frozenset(
     {"reduce", "reduce_window", "sort", "select_and_scatter", "argmin", "argmax"}

@@ -12,18 +12,6 @@ from jaxcompress.lift import _compat
 from jaxcompress.lift._trace import Tracer
 from jaxcompress.lift._tracked import Tracked, track
 
-_CALLS = frozenset(
-    {
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "remat2",
-        "checkpoint",
-        "custom_jvp_call",
-        "custom_vjp_call",
-    }
-)
 _MOVES = frozenset(
     {"broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"}
 )
@@ -103,7 +91,7 @@ def flatten_program(
 
         for eqn in program.eqns:
             values = [read(v) for v in eqn.invars]
-            if eqn.primitive.name in _CALLS:
+            if eqn.primitive.name in _compat.CALLS:
                 body = next(_compat.sub_jaxprs(eqn))
                 env.update(zip(eqn.outvars, enter(body, values), strict=True))
                 continue

@@ -100,7 +100,7 @@ class Interpreter:
             return self._cond(eqn, values)
         if name in _UNREACHABLE:
             self._refuse(values, f"inside {name!r}")
-        if name in _CALLS:
+        if name in _compat.CALLS:
             return self.run(next(_compat.sub_jaxprs(eqn)), values)
         return self._each(
             eqn, lambda *v: _compat.bind(eqn, list(v)), self._dense(values)
@@ -279,16 +279,4 @@ class _Liveness(NamedTuple):
         return cls(body, last)
 
 
-_CALLS = frozenset(
-    {
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "remat2",
-        "checkpoint",
-        "custom_jvp_call",
-        "custom_vjp_call",
-    }
-)
 _UNREACHABLE = frozenset({"while", "shard_map"})

@@ -350,9 +350,10 @@ class Sweep:
         if rows is None:
             return None, None
         key = (
-            tuple(id(x) for x in others[0]),
-            str(use.eqn.params.get("dimension_numbers")),
+            tuple(id(x) for o in others for x in o),
+            str(use.eqn.params),
             use.weight.dims,
+            tuple(use.weight.shape[a] for a in use.contracted),
         )
         if self._shared is not None and self._shared[0] == key:
             return self._shared[1][:2]
@@ -384,7 +385,7 @@ class Sweep:
                 c = both(weight, [o[j] for o in others], mine)
                 crossed = c if crossed is None else crossed + c
         # The streams are kept with their identities, which are the key.
-        self._shared = (key, (stats, crossed, others[0]))
+        self._shared = (key, (stats, crossed, others))
         return stats, crossed
 
 
