@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,10 +149,15 @@ class Stories(nn.Module):
         return embed.attend(nn.RMSNorm(EPSILON, name="norm")(x)), cache
 
 
-def init_cache(batch: int, length: int = CONTEXT) -> Cache:
-    """An empty cache for `length` tokens."""
-    zeros = jnp.zeros((LAYERS, batch, length, KV_HEADS, HEAD), jnp.float32)
-    return Cache(zeros, zeros)
+def init_cache(
+    batch: int,
+    length: int = CONTEXT,
+    *,
+    empty: Callable[[tuple[int, ...]], Any] = jnp.zeros,
+) -> Cache:
+    """An empty cache for `length` tokens; `empty` makes its parts, of a shape."""
+    shape = (LAYERS, batch, length, KV_HEADS, HEAD)
+    return Cache(empty(shape), empty(shape))
 
 
 def load(*, scan: bool = True, root: Path | str | None = None) -> tuple[Stories, Any]:

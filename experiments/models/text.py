@@ -115,7 +115,12 @@ def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def greedy(
-    apply: Callable[..., Any], params: Any, prompt: Sequence[int], length: int
+    apply: Callable[..., Any],
+    params: Any,
+    prompt: Sequence[int],
+    length: int,
+    *,
+    cache: stories.Cache | None = None,
 ) -> list[int]:
     """The prompt, and the likeliest token after it again and again, `length` in all.
 
@@ -124,9 +129,11 @@ def greedy(
       params: What `apply` takes first, compressed or not.
       prompt: Ids; the first is BOS.
       length: Ids in the result, at most 512.
+      cache: Empty, for at least `length` tokens of one story; dense by default.
     """
     step = jax.jit(functools.partial(apply, method="decode"))
-    ids, cache, logits = list(prompt), stories.init_cache(1, length), None
+    ids, logits = list(prompt), None
+    cache = stories.init_cache(1, length) if cache is None else cache
     for position in range(length - 1):
         token = np.array([[ids[position]]], np.int32)
         logits, cache = step(params, cache, token, np.int32(position))

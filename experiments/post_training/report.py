@@ -1,4 +1,4 @@
-"""Rows of a table: printed as they come, saved at the end and after every row."""
+"""Rows of a table: printed as they come, saved after every row, kept to resume."""
 
 from __future__ import annotations
 
@@ -16,12 +16,32 @@ RESULTS = Path(__file__).parent / "results"
 class Report:
     """Results of one script."""
 
-    def __init__(self, name: str, doc: str | None) -> None:
-        """An empty table."""
-        self.path = RESULTS / f"{name}.json"
+    def __init__(
+        self,
+        name: str,
+        doc: str | None,
+        *,
+        folder: Path = RESULTS,
+        resume: bool = False,
+    ) -> None:
+        """An empty table, or with `resume` that of an earlier run.
+
+        Args:
+          name: Of the file.
+          doc: Docstring of the script.
+          folder: Where the file lies.
+          resume: Whether to keep the rows of an earlier run.
+        """
+        self.path = folder / f"{name}.json"
         self.doc = doc
         self.rows: list[dict[str, Any]] = []
         self.start = time.perf_counter()
+        if resume and self.path.exists():
+            self.rows = json.loads(self.path.read_text())["rows"]
+
+    def __contains__(self, row: tuple[str, str]) -> bool:
+        """Whether there is a row of a model and method."""
+        return row in {(r["model"], r["method"]) for r in self.rows}
 
     def add(self, model: str, method: str, note: str, score: Any, **more: Any) -> None:
         """Print a row and keep it."""

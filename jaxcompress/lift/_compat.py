@@ -80,6 +80,12 @@ def bind(eqn: Any, operands: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def likeness(eqn: Any) -> tuple[Any, ...]:
+    """What two equations share that compute the same from the same operands."""
+    avals = tuple(str(v.aval) for v in eqn.invars)
+    return eqn.primitive.name, str(eqn.params), avals
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Numbers of constants and carries of a scan: flat trees since 0.11."""
     if "num_consts" in params:

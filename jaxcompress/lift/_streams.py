@@ -123,14 +123,16 @@ class Interpreter:
             return Use(eqn, w, index, operands, contracted, batch, (), 1)
 
         value = self.visit(weight, site, others)
-        after = dataclasses.replace(weight, value=value)
+        # Without the path, which like uses of other weights do not share.
+        before = dataclasses.replace(weight, path="")
+        after = dataclasses.replace(before, value=value)
 
         def run(w: Tracked, *others: Any) -> Any:
             return self._walker.use(eqn, [*others[:index], w, *others[index:]])[0][0]
 
-        call = self.jit(("use", id(eqn)), run)
+        call = self.jit(("use", _compat.likeness(eqn), index), run)
         return Streams(
-            call(weight if i < self.references else after, *(o[i] for o in others))
+            call(before if i < self.references else after, *(o[i] for o in others))
             for i in range(self.streams)
         )
 

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.layout import Axes, Layout
 from jaxcompress.leaf import Leaf
-from jaxcompress.lift._explain import find_sites, site_axes
+from jaxcompress.lift import _compat
+from jaxcompress.lift._explain import UseSite, find_sites, site_axes
 from jaxcompress.lift._journal import Journal, fingerprint
+from jaxcompress.lift._memory import check_memory, sweep_bytes
 from jaxcompress.lift._pending import Pending
 from jaxcompress.lift._rows import ROWS
 from jaxcompress.lift._statistics import Statistics, statistics
@@ -95,6 +97,7 @@ def sweep(
     damping: float = 0.01,
     work_dir: Any = None,
     histogram: bool = False,
+    memory_limit: int | None = None,
     on_layer: Callable[[Layer], None] = say,
 ) -> Any:
     r"""Compress the chosen weights one after another, in the order the program runs.
@@ -115,6 +118,8 @@ def sweep(
       work_dir: Folder for the log and finished layers; a sweep that was killed goes on
         from there, and refuses to if the model, the batches or the rules differ.
       histogram: Collect histograms of the inputs too, for activation ranges.
+      memory_limit: Bytes that it may take; by default those of the device. What it
+        needs is estimated from the program.
       on_layer: Called with the report of every layer; by default says it on a terminal.
 
     Returns:
@@ -122,7 +127,9 @@ def sweep(
 
     Raises:
       ValueError: If batches is empty or unlike, a rule matches nothing, or an algorithm
-        refuses a weight; before anything runs.
+        refuses a weight, before anything runs; or if what enters a chosen weight's
+        matmul is not finite.
+      MemoryError: If the estimate is above the limit; before anything runs.
       LiftError: If a chosen weight is used where a sweep cannot reach (a while loop,
         shard_map, a conditional that depends on the data), or not at all.
     """
@@ -135,7 +142,8 @@ def sweep(
     pending = tree.unflatten(
         structure, {p: Pending.of(w) if p in chosen else w for p, w in flat.items()}
     )
-    axes = _check(fn, pending, inputs[0], chosen)
+    sites, _ = find_sites(fn, pending, inputs[0], {}, who="sweep")
+    axes = _check(sites, flat, chosen)
     journal = None
     if work_dir is not None:
         recipe = {path: a.name for path, a in chosen.items()}
@@ -152,7 +160,19 @@ def sweep(
         journal=journal,
         on_layer=on_layer,
     )
-    run(fn, pending, streams)
+
+    def check(jaxpr: Any, weights: list[bool]) -> None:
+        needed = sweep_bytes(
+            jaxpr,
+            weights,
+            streams=len(streams),
+            params={path: flat[path] for path in chosen},
+            sites=sites,
+            axes=axes,
+        )
+        check_memory(needed, memory_limit, who="sweep")
+
+    run(fn, pending, streams, check)
     packed = {p: run.result(p, w) if p in chosen else w for p, w in flat.items()}
     return tree.unflatten(structure, packed)
 
@@ -167,15 +187,12 @@ def _refuse_leaves(weights: Mapping[str, Any]) -> None:
 
 
 def _check(
-    fn: Callable[..., Any],
-    params: Any,
-    batch: tuple[Any, ...],
+    sites: tuple[UseSite, ...],
+    flat: Mapping[str, Any],
     chosen: Mapping[str, Algorithm],
 ) -> dict[str, Axes]:
     """Refuse what can be refused before the first weight; the axes of each."""
-    sites, _ = find_sites(fn, params, batch, {}, who="sweep")
     axes = site_axes(sites)
-    flat = tree.flatten(params)[0]
     for path, algorithm in chosen.items():
         if path not in axes:
             raise LiftError(
@@ -183,7 +200,7 @@ def _check(
             )
         # The whole weight stands for each of its slices: blocks lie behind the stack.
         run = functools.partial(algorithm.baseline, axes=axes[path], path=path)
-        jax.eval_shape(run, flat[path].value, None)
+        jax.eval_shape(run, flat[path], None)
     return axes
 
 
@@ -217,9 +234,16 @@ class Sweep:
         self._number = 0
 
     def __call__(
-        self, fn: Callable[..., Any], params: Any, batches: list[tuple[Any, ...]]
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        batches: list[tuple[Any, ...]],
+        check: Callable[[Any, list[bool]], None],
     ) -> None:
-        """Run `fn` on every batch at once."""
+        """Run `fn` on every batch at once.
+
+        First `check` sees its jaxpr, and which of the inputs are weights.
+        """
         tracer = Tracer(fn, who="sweep")
         tracked = track(params, arrays=False)
         signed = [tracer.signature((tracked, *batch), {}) for batch in batches]
@@ -235,6 +259,7 @@ class Sweep:
             for v in zip(*(ops for _, ops in signed), strict=True)
         ]
         refuse_closures(trace, signed[0][1], who="sweep")
+        check(trace.jaxpr, [isinstance(v, Tracked) for v in operands])
         self.program.run(trace.jaxpr, operands)
 
     def result(self, path: str, w: jax.Array) -> Leaf:
@@ -372,21 +397,35 @@ class Sweep:
                 precision="highest",
             )
 
-        each = self.program.jit(("stats", id(use.eqn)), collect)
+        like = (_compat.likeness(use.eqn), use.position, use.contracted, use.batch)
+        nameless = dataclasses.replace(weight, path="")
+        each = self.program.jit(("stats", like), collect)
         stats = None
         crossed = None
         for i in range(self.program.references, self.program.streams):
             mine = [o[i] for o in others]
-            new = each(weight, *mine)
+            new = each(nameless, *mine)
             stats = new if stats is None else stats.merge(new)
             if self.program.references:
                 j = i - self.program.references
-                both = self.program.jit(("cross", id(use.eqn)), cross)
-                c = both(weight, [o[j] for o in others], mine)
+                both = self.program.jit(("cross", like), cross)
+                c = both(nameless, [o[j] for o in others], mine)
                 crossed = c if crossed is None else crossed + c
+        assert stats is not None
+        _refuse_infinite(stats, weight.path)
         # The streams are kept with their identities, which are the key.
         self._shared = (key, (stats, crossed, others))
         return stats, crossed
+
+
+def _refuse_infinite(stats: Statistics, path: str) -> None:
+    bad = int(jnp.sum(~jnp.isfinite(stats.total_square)))
+    if bad:
+        raise ValueError(
+            f"sweep: what enters the matmul of {path!r} must be finite; {bad} of "
+            f"{stats.total_square.size} channels are NaN, infinite or overflow when "
+            "squared. Look at the batches, or leave the weight out of the rules."
+        )
 
 
 def _flat(axes: Axes, w: jax.Array) -> jax.Array:

@@ -131,8 +131,9 @@ def calibrated(
       A transform. Leaves of scanned layers get one scale for each layer.
 
     Raises:
-      ValueError: If the format's activations are not static; from ``init``, if there
-        are no statistics for a leaf or its stack is another.
+      ValueError: If the format's activations are not static, or statistics are not
+        finite; from ``init``, if there are no statistics for a leaf or its stack is
+        another.
 
     Examples:
       >>> import jaxcompress as jc
@@ -149,6 +150,12 @@ def calibrated(
             f"{activations} in {fmt.name}. Dynamic ones need no statistics."
         )
     find = jax.jit(activation_range, static_argnames=("activations", "method"))
+    for path, seen in stats.items():
+        if not jnp.isfinite(seen.absmax).all():
+            raise ValueError(
+                f"calibrated: the statistics of {path!r} must be finite; NaN or "
+                "infinite activations entered its matmul. Look at the batches."
+            )
     found = {p: find(s, activations, method=method) for p, s in stats.items()}
     zeros = {p: zero for p, (_, zero) in found.items() if zero is not None}
     return weights(

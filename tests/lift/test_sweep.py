@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from jaxcompress.lift import Algorithm, Layer, LiftError, sweep
+from jaxcompress.lift._explain import find_sites, site_axes
+from jaxcompress.lift._memory import live_bytes, sweep_bytes
 from jaxcompress.tree import flatten
 from tests.lift.programs import PROGRAMS, mesh, normal
 
@@ -164,22 +166,42 @@ def test_a_reference_makes_up_for_earlier_errors(layered: Any) -> None:
     assert error[True] < 0.6 * error[False]
 
 
+def compilations(run: Any, *names: str) -> int:
+    """Log lines on compiling functions so named."""
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    with jax.log_compiles(True):
+        run()
+    logger.removeHandler(handler)
+    return sum(any(name in line for name in names) for line in log)
+
+
 def test_a_scanned_layer_compiles_once(layered: Any) -> None:
     _, _, batches = layered
-    counts = {}
-    for layers in (2, 6):
+    rules = {"**/block/**/kernel": rounding(INT3)}
+
+    def count(layers: int) -> int:
         model = Layered(layers=layers)
         params = model.init(jax.random.key(0), batches[0])
-        log: list[str] = []
-        handler = logging.Handler()
-        handler.emit = lambda record, log=log: log.append(record.getMessage())
-        logger = logging.getLogger("jax")
-        logger.addHandler(handler)
-        with jax.log_compiles(True):
-            sweep(model.apply, params, batches, {"**/block/**/kernel": rounding(INT3)})
-        logger.removeHandler(handler)
-        counts[layers] = sum("run" in m or "segment" in m for m in log)
-    assert counts[2] == counts[6] > 0
+        run = functools.partial(sweep, model.apply, params, batches, rules)
+        return compilations(run, "run", "segment")
+
+    assert count(2) == count(6) > 0
+
+
+def test_like_layers_share_what_collects_their_statistics() -> None:
+    def count(layers: int) -> int:
+        fn = lambda p, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), p, x)
+        params = [normal(i, 8, 8) for i in range(layers)]
+        run = functools.partial(
+            sweep, fn, params, [normal(9, 4, 8)], {"*": rounding(INT3)}, reference=True
+        )
+        return compilations(run, "collect", "cross")
+
+    assert count(1) == count(3) > 0
 
 
 def test_a_killed_sweep_goes_on_where_it_was(layered: Any, tmp_path: Any) -> None:
@@ -266,6 +288,52 @@ def test_bad_input_is_refused_before_anything_runs(layered: Any) -> None:
     packed = jc.compress(params, {"**/head/kernel": INT8})
     with pytest.raises(LiftError, match="is compressed already"):
         sweep(model.apply, packed, batches, {"**/head/kernel": rounding(INT3)})
+    with pytest.raises(MemoryError, match="bytes are needed, and memory_limit is 9,9"):
+        sweep(model.apply, params, batches, rules, memory_limit=9_999)
     broken = jax.tree.map(lambda w: w.at[0].set(jnp.inf), params)
     with pytest.raises(ValueError, match="sweep: weights must be finite"):
         sweep(model.apply, broken, batches, rules)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    params = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    # The first product is finite, its exponential is not.
+    x = jnp.array([[1.0, 2.0, 100.0]])
+    fn = lambda p, x: jnp.exp(x @ p["a"]) @ p["b"]
+    with pytest.raises(ValueError, match=r"matmul of 'b' must be finite; 1 of 3"):
+        sweep(fn, params, [x], {"*": rounding(INT8)})
+
+
+def test_memory_is_that_counted_by_hand() -> None:
+    def fn(w: Any, x: jax.Array) -> jax.Array:
+        h = x @ w["a"]
+        return jnp.tanh(h) @ w["b"]
+
+    params = {"a": jnp.ones((16, 32)), "b": jnp.ones((32, 4))}
+    x = jnp.ones((8, 16))
+    jaxpr = jax.make_jaxpr(fn)(params, x)
+    batch, h = 8 * 16 * 4, 8 * 32 * 4
+    assert live_bytes(jaxpr, [False, False, True]) == 2 * h
+    sites, _ = find_sites(fn, params, (x,), {}, who="test")
+    needed = sweep_bytes(
+        jaxpr,
+        [True, True, False],
+        streams=3,
+        params=params,
+        sites=sites,
+        axes=site_axes(sites),
+    )
+    weights = (16 * 32 + 32 * 4) * 4
+    assert needed == 2 * weights + 3 * (batch + 2 * h) + 4 * 6 * 32 * (32 + 4)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_memory_of_layers_does_not_grow_with_their_number(scanned: bool) -> None:
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        if scanned:
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+        return functools.reduce(lambda x, i: jnp.tanh(x @ w[i]), range(4), x)
+
+    jaxpr = jax.make_jaxpr(fn)(jnp.ones((4, 6, 6)), jnp.ones((5, 6)))
+    x = 5 * 6 * 4
+    assert live_bytes(jaxpr, [False, True]) == (3 * x if scanned else 2 * x)

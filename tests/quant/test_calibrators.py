@@ -222,6 +222,9 @@ def test_errors() -> None:
     stats = {name: statistics(jnp.ones(shape)) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match="activations of the format must be static"):
         q.calibrated(jc.presets.FP8_DYNAMIC, stats)
+    bad = {"head": statistics(jnp.array([[jnp.inf]]))}
+    with pytest.raises(ValueError, match="statistics of 'head' must be finite"):
+        q.calibrated(jc.presets.FP8, bad)
     rule = q.calibrated(jc.presets.FP8, stats)
     with pytest.raises(
         ValueError, match=r"no statistics for 'idle', only for \['head'"

@@ -260,6 +260,14 @@ def test_zeros_and_constants() -> None:
     assert not dense(refined).any()
 
 
+def test_a_moment_that_overflowed_counts_as_no_data() -> None:
+    x, w = problem()
+    stats = seen(x)
+    broken = dataclasses.replace(stats, gram=stats.gram.at[1, 1].set(jnp.inf))
+    none = dataclasses.replace(stats, gram=jnp.zeros_like(stats.gram))
+    np.testing.assert_array_equal(dense(plain(w, broken)), dense(plain(w, none)))
+
+
 def test_few_rows_make_a_singular_moment() -> None:
     x, w = problem()
     value = dense(plain(w, seen(x[:3])))

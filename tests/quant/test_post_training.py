@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from jaxcompress import quant
 from jaxcompress.lift import Layer
+from tests.lift.programs import mesh
 
 
 class Net(nn.Module):
@@ -64,7 +67,6 @@ ROUNDED = functools.partial(quant.post_training, core=quant.round_weight)
 @pytest.mark.parametrize(
     ("method", "rules", "factor"),
     [
-        (quant.gptq, RULES, 0.6),
         (functools.partial(quant.gptq, reference=True), RULES, 0.4),
         pytest.param(
             functools.partial(quant.adaround, iterations=200),
@@ -98,11 +100,32 @@ def test_static_activations_take_their_scale_from_the_sweep(net: Any) -> None:
         assert error(net, packed) < 0.01
 
 
-def test_the_log_says_the_error_before_and_after(net: Any) -> None:
+@pytest.fixture(scope="module")
+def by_gptq(net: Any) -> tuple[Any, list[Layer]]:
     layers: list[Layer] = []
-    quant.gptq(*net, rules=RULES, on_layer=layers.append)
+    return quant.gptq(*net, rules=RULES, on_layer=layers.append), layers
+
+
+def test_gptq_beats_rounding(net: Any, by_gptq: Any) -> None:
+    assert error(net, by_gptq[0]) < 0.6 * error(net, ROUNDED(*net, rules=RULES))
+
+
+def test_sharded_batches_give_the_same_codes(net: Any, by_gptq: Any) -> None:
+    apply, params, batches = net
+    sharding = NamedSharding(mesh(), P("d"))
+    split = [jax.device_put(b, sharding) for b in batches]
+    packed = quant.gptq(apply, params, split, rules=RULES)
+    for path, leaf in jc.tree.flatten(packed)[0].items():
+        if isinstance(leaf, quant.QuantizedArray):
+            expected = jc.tree.flatten(by_gptq[0])[0][path]
+            np.testing.assert_array_equal(leaf.codes(), expected.codes())
+            np.testing.assert_allclose(leaf.scales(), expected.scales(), rtol=1e-4)
+
+
+def test_the_log_says_the_error_before_and_after(by_gptq: Any) -> None:
+    layers = by_gptq[1]
     swept = [x for x in layers if x.error is not None and x.error_before is not None]
     assert len(swept) == 4
-    assert all(x.error < x.error_before for x in swept)  # type: ignore[operator]
+    assert all(x.error < x.error_before for x in swept)
     assert str(layers[0]) == "params/embed/embedding: int8, without data"
     assert "params/block/up/kernel[0]: int3, relative output error" in str(layers[1])
