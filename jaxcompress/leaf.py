@@ -267,7 +267,11 @@ class Leaf(abc.ABC):
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.method}, {self.dtype}{list(self.shape)})"
+        try:
+            what = f"{self.method}, {self.dtype}{list(self.shape)}"
+        except (AttributeError, TypeError):  # tree.map put other things in its place.
+            what = ", ".join(f"{n}={a!r}" for n, (a, _) in self.components().items())
+        return f"{type(self).__name__}({what})"
 
     def _no_arithmetic(self, *_: Any) -> Any:
         raise TypeError(

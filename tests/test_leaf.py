@@ -166,6 +166,9 @@ def test_a_leaf_is_not_iterable() -> None:
 
 def test_it_says_what_it_is() -> None:
     assert repr(QUANTIZED) == "QuantizedArray(int4 g2, float32[6, 4])"
+    scheme = jc.quant.lsq(jc.quant.int4())
+    shapes = jax.tree.map(jnp.shape, scheme.init({"w": jnp.ones((6, 4))})[0]["w"])
+    assert repr(shapes) == "SteppedArray(latent=(6, 4), step=(4, 1))"
     assert (QUANTIZED.ndim, QUANTIZED.size) == (2, 24)
 
 

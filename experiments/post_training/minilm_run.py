@@ -34,6 +34,7 @@ PARTS = ["stsb_dev", "stsb_test", "sts13", "sts14", "sts15"]
 ALL = len(PARTS)
 KERNELS = "params/**/kernel"
 EMBEDDINGS = "params/**/embedding"
+AFTER_GELU = "params/layers/output/kernel"
 SEARCH = jc.quant.mse()
 # Lloyd-Max levels of a normal distribution, an even number of them (Max, 1960).
 FOUR_LEVELS = (-1.0, -0.29982, 0.29982, 1.0)
@@ -125,14 +126,31 @@ def eight_bits(table: Table, model: Any, params: Any, batches: Any) -> None:
         make = functools.partial(compress, {KERNELS: fmt, **embeddings})
         table.add(name, "rounding", make, parts=ALL)
     smooth = functools.partial(jc.quant.smoothquant, model.apply, params, batches)
-    asymmetric = jc.quant.Integer(bits=8, symmetric=False, narrow=False)
+    static = jc.quant.int8(activations=jc.quant.static(jc.quant.Integer(bits=8)))
     for name, fmt in {
         "W8A8": jc.presets.W8A8,
-        "W8A8 static": jc.quant.int8(activations=jc.quant.static(asymmetric)),
+        "W8A8 static": static,
         "FP8 static": jc.presets.FP8,
     }.items():
         make = functools.partial(smooth, rules={KERNELS: fmt, **embeddings})
         table.add(name, "SmoothQuant", make, parts=ALL)
+
+    def calibrated(packed: Any, rule: Any) -> Any:
+        """Static ranges of least squared error, with a zero point."""
+        element = jc.quant.Integer(bits=8, symmetric=False, narrow=False)
+        fmt = jc.quant.int8(activations=jc.quant.static(element))
+        stats = jc.calibrate(model.apply, params, batches, where=rule, histogram=True)
+        found = jc.quant.calibrated(fmt, stats, method=jc.quant.mse())
+        return jc.compress(packed, {rule: found}, fn=model.apply, example=batches[0])
+
+    def mixed() -> Any:
+        # GELU leaves a few outputs that are far larger than all others.
+        rules = {jc.where(KERNELS, exclude=[AFTER_GELU]): static, **embeddings}
+        return calibrated(smooth(rules=rules), AFTER_GELU)
+
+    plain = functools.partial(jc.compress, params, embeddings)
+    table.add("W8A8 static", "MSE range", lambda: calibrated(plain(), KERNELS), parts=2)
+    table.add("W8A8 static", "SmoothQuant, MSE range", mixed, parts=ALL)
 
 
 def weights_only(

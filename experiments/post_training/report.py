@@ -1,9 +1,15 @@
-"""Rows of a table: printed as they come, saved after every row, kept to resume."""
+"""Rows of a table: printed as they come, saved after every row, kept to resume.
+
+    python -m experiments.post_training.report results/stories.json
+
+prints a finished table as Markdown.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,3 +68,16 @@ class Report:
             "rows": self.rows,
         }
         self.path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of all columns but those of time and bytes."""
+    hidden = {"note", "seconds", "bytes"}
+    columns = [c for c in dict.fromkeys(k for r in rows for k in r) if c not in hidden]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(c, "")) for c in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())["rows"]))

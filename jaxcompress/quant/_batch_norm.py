@@ -30,7 +30,8 @@ def recalibrate_batch_norm(
         mode: ``lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])``.
         It is lifted: variables may hold compressed leaves.
       variables: A mapping of collections, one of which is `collection`.
-      batches: Inputs: tuples of arguments, or single arguments.
+      batches: Inputs, distributed as in training (augmented if they were then): tuples
+        of arguments, or single arguments.
       collection: Name of the collection of running statistics.
 
     Returns:
