@@ -1,114 +1,200 @@
-"""Output errors and seconds of our GPTQ and of peers, on the same layers and inputs.
+"""Joins what both sides measured, and prints the tables of README.md.
 
-    python -m experiments.peers.run layers           writes layers.npz for both sides
-    python peers.py layers.npz peers.json            in the peers' venv
-    python -m experiments.peers.run ours peers.json  adds ours; writes results.json
-
-Errors are ``|X (W - Q)| / |X W|`` on the inputs that GPTQ saw; integers with a zero
-point on both sides. Seconds are the second of two calls.
+python -m experiments.peers.run errors found.json ...    writes results.json
+python -m experiments.peers.run seconds found.json ...   writes seconds.json
+python -m experiments.peers.run tables
 """
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
 import sys
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxcompress import quant
-from jaxcompress.lift import statistics
+from experiments.peers import measure
 
 HERE = Path(__file__).parent
-LAYERS = Path(os.environ.get("PEERS_LAYERS", "layers.npz"))
-SIZES = (512, 1024, 2048)
-FORMATS = ((4, 128), (4, 32), (3, 128), (3, 32), (2, 128), (2, 32))
-OURS: dict[str, dict[str, Any]] = {
-    "rounding": {},
-    "gptq, refined": {"refine": 2, "act_order": True},
-}
+Row = dict[str, Any]
+Sort = Callable[[Row], bool]
+MEASURES = ("calibration", "held_out")
 
 
-def layer(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Correlated inputs with a few channels ten times as large, and a weight."""
-    rng = np.random.default_rng(n)
-    mix = rng.normal(size=(n // 4, n)) / np.sqrt(n // 4)
-    x = rng.normal(size=(2 * n, n // 4)) @ mix + 0.3 * rng.normal(size=(2 * n, n))
-    x[:, rng.choice(n, n // 64, replace=False)] *= 10
-    w = 0.02 * rng.normal(size=(n, n)) * np.exp(0.3 * rng.normal(size=(n, 1)))
-    return x.astype(np.float32), w.astype(np.float32)
+def join(files: Iterable[str], name: str) -> None:
+    """One file of all results and versions."""
+    results: list[Row] = []
+    versions: dict[str, str] = {}
+    for file in files:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        results += found["results"]
+        versions |= found["versions"] if "gptqmodel" not in found["versions"] else {}
+        if "gptqmodel" in found["versions"]:
+            own = found["versions"]
+            versions |= {"gptqmodel": own["gptqmodel"]}
+            versions |= {"torch of gptqmodel": own["torch"]}
+    today = datetime.date.today().isoformat()
+    whole = {"date": today, "versions": versions, "results": results}
+    measure.save(HERE / name, whole)
 
 
-def write_layers() -> None:
-    arrays: dict[str, Any] = {}
-    cases = []
-    for n in SIZES:
-        arrays[f"{n}/x"], arrays[f"{n}/w"] = layer(n)
-        formats = FORMATS if n == SIZES[0] else FORMATS[:1]
-        cases += [{"layer": str(n), "bits": b, "group": g} for b, g in formats]
-    np.savez(LAYERS, cases=np.array(json.dumps(cases)), **arrays)
+def read(name: str) -> list[Row]:
+    return json.loads((HERE / name).read_text(encoding="utf-8"))["results"]
 
 
-def measure(name: str, x: Any, w: Any, stats: Any, bits: int, group: int) -> Any:
-    fmt = quant.integer(bits, group_size=group, symmetric=False)
+def least(rows: list[Row], where: Sort, measured: str) -> float | None:
+    """The smallest of an error among the rows that have it."""
+    values = [r[measured] for r in rows if where(r) and measured in r]
+    return min(values) if values else None
 
-    def run() -> quant.QuantizedArray:
-        if name == "rounding":
-            return quant.quantize(w, fmt)
-        return quant.gptq_weight(w, fmt, stats, **OURS[name])
 
-    leaf = jax.block_until_ready(run())
-    seconds = []
-    for _ in range(2):
-        wall, cpu = time.perf_counter(), time.process_time()
-        leaf = jax.block_until_ready(run())
-        seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
-    error = jnp.linalg.norm(x @ (w - leaf.materialize())) / jnp.linalg.norm(x @ w)
-    return {
-        "error": float(error),
-        "seconds": min(seconds)[0],
-        "cpu_seconds": min(seconds)[1],
+def cases(rows: list[Row]) -> list[tuple[str, int, int]]:
+    """Layers and formats in order of appearance."""
+    return list(dict.fromkeys((r["layer"], r["bits"], r["group"]) for r in rows))
+
+
+def compare(title: str, rows: list[Row], columns: dict[str, Sort], ours: str) -> None:
+    """A table, and where `ours` is above another column.
+
+    Of a method's settings the best is taken, for each error on its own. The least
+    held-out error of a row is bold.
+    """
+    print(f"\n{title}\n\n| layer, bits, group |", " | ".join(columns), "|")
+    print("|---|" + "---|" * len(columns))
+    lost, known_cases = [], cases([r for r in rows if columns[ours](r)])
+    for layer, bits, group in known_cases:
+        here = [
+            r
+            for r in rows
+            if (r["layer"], r["bits"], r["group"]) == (layer, bits, group)
+        ]
+        cells: dict[str, list[float | None]] = {}
+        for name, where in columns.items():
+            cells[name] = [least(here, where, m) for m in MEASURES]
+        for i, m in enumerate(MEASURES):
+            others = [v[i] for name, v in cells.items() if name != ours]
+            mine, known = cells[ours][i], [v for v in others if v is not None]
+            if mine is not None and known and mine > min(known):
+                lost.append(f"{layer} {bits} g{group} {m} {mine / min(known) - 1:+.2%}")
+        first = min(v[1] for v in cells.values() if v[1] is not None)
+        text = [show(values, values[1] == first) for values in cells.values()]
+        print(f"| {layer}, {bits}, {group} |", " | ".join(text), "|")
+    print(
+        f"\nOurs is above the best other column in {len(lost)} errors of "
+        f"{2 * len(known_cases)}: {', '.join(lost) or 'none'}."
+    )
+
+
+def show(values: list[float | None], bold: bool) -> str:
+    if any(v is None for v in values):
+        return ""
+    text = " / ".join(f"{v:.4f}" for v in values)
+    return f"**{text}**" if bold else text
+
+
+def by(name: str, **wanted: Any) -> Sort:
+    """Rows of one method, with these entries, in the row or its settings."""
+
+    def matches(r: Row) -> bool:
+        entries = r | (r["settings"] if isinstance(r["settings"], dict) else {})
+        return r["by"] == name and all(entries.get(k) == v for k, v in wanted.items())
+
+    return matches
+
+
+def gptq_tables(rows: list[Row]) -> None:
+    """Integers with a scale and a zero point a group."""
+    rows = [r for r in rows if "method" not in r and r["group"] != 64]
+    for damping in (0.01, 0.05):
+        like: dict[str, Any] = {"groups": "consecutive", "damping": damping}
+        columns = {
+            "ours": by("ours: gptq", **like),
+            "llm-compressor": by("llmcompressor", **like),
+            "GPTQModel, act_group_aware": by("gptqmodel", **like),
+            "qwix": by("qwix: gptq", **like),
+            "hqq": by("hqq"),
+            "rounding, mse": by("ours: rounding, mse"),
+        }
+        compare(
+            f"Groups of consecutive inputs, damping {damping}", rows, columns, "ours"
+        )
+    for damping in (0.01, 0.05):
+        like = {"groups": "permuted", "damping": damping}
+        columns = {"ours": by("ours: gptq", **like)}
+        columns["GPTQModel, desc_act"] = by("gptqmodel", **like)
+        compare(f"Groups of permuted inputs, damping {damping}", rows, columns, "ours")
+
+
+def other_tables(rows: list[Row]) -> None:
+    """NF4, AWQ and SmoothQuant."""
+    nf4 = [r for r in rows if r["group"] == 64]
+    columns = {
+        "ours: gptq": by("ours: gptq to nf4"),
+        "ours: rounding": by("ours: rounding to nf4"),
+        "bitsandbytes": by("bitsandbytes nf4"),
     }
+    compare("NF4, 64 inputs a scale", nf4, columns, "ours: gptq")
+    awq = [r for r in rows if r.get("method") == "awq"]
+    smooth = [r for r in rows if r.get("method") == "smoothquant"]
+    peers = {"ModelOpt": "modelopt", "llm-compressor": "llmcompressor", "qwix": "qwix"}
+    for symmetric in (True, False):
+        columns = {"ours": by("ours", symmetric=symmetric)}
+        columns |= {k: by(v, symmetric=symmetric) for k, v in peers.items()}
+        kind = "symmetric" if symmetric else "with zero points"
+        compare(f"AWQ, int4 {kind}", awq, columns, "ours")
+    for scheme in ("static", "token"):
+        columns = {"ours": by("ours", activations=scheme)}
+        columns |= {k: by(v, activations=scheme) for k, v in peers.items()}
+        compare(f"SmoothQuant W8A8, {scheme} activations", smooth, columns, "ours")
 
 
-def ours(peers: str) -> None:
-    data = np.load(LAYERS)
-    results = []
-    for case in json.loads(str(data["cases"])):
-        x, w = (jnp.asarray(data[f"{case['layer']}/{a}"]) for a in "xw")
-        stats = statistics(x, gram=True)
-        for name in OURS:
-            found = measure(name, x, w, stats, case["bits"], case["group"])
-            results.append({**case, "by": f"ours: {name}", **found})
-            print(results[-1], flush=True)
-    with open(peers) as f:
-        out = json.load(f)
-    out["versions"]["jax"] = jax.__version__
-    out["results"] += results
-    with open(HERE / "results.json", "w") as f:
-        json.dump(out, f, indent=1)
-    table(out["results"])
+def weight_table(rows: list[Row]) -> None:
+    """Rounding and GPTQ: errors of the weight, and of the held-out outputs."""
+    print(
+        "\n| layer, bits, group | weight: rounding | gptq | outputs: rounding | gptq |"
+    )
+    print("|---|---|---|---|---|")
+    methods = (
+        by("ours: rounding, mse"),
+        by("ours: gptq", damping=0.01, groups="consecutive"),
+    )
+    for layer, bits, group in cases([r for r in rows if methods[1](r)]):
+        key = (layer, bits, group)
+        here = [r for r in rows if (r["layer"], r["bits"], r["group"]) == key]
+        cells = [least(here, m, e) for e in ("weight", "held_out") for m in methods]
+        print(
+            f"| {layer}, {bits}, {group} |", " | ".join(f"{v:.4f}" for v in cells), "|"
+        )
 
 
-def table(results: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(r["by"] for r in results))
-    print("| layer, format |", " | ".join(names), "|")
-    print("|---|" + "---|" * len(names))
-    rows: dict[str, dict[str, str]] = {}
-    for r in results:
-        key = f"{r['layer']}, uint{r['bits']} g{r['group']}"
-        cell = "failed"
-        if "error" in r:
-            cell = f"{r['error']:.4f} ({r['seconds']:.2f} s)"
-        rows.setdefault(key, {})[r["by"]] = cell
-    for key, row in rows.items():
-        print(f"| {key} |", " | ".join(row.get(n, "") for n in names), "|")
+def seconds_table(rows: list[Row]) -> None:
+    """Medians; of a method that was run more than once, of its slowest run."""
+    sizes = list(dict.fromkeys(r["layer"] for r in rows))
+    print("\n| wall (processor) seconds |", " | ".join(sizes), "|")
+    print("|---|" + "---|" * len(sizes))
+    for name in dict.fromkeys(r["by"] for r in rows):
+        cells = []
+        for size in sizes:
+            runs = [r for r in rows if r["by"] == name and r["layer"] == size]
+            r = max(runs, key=lambda r: r["wall"])
+            cells.append(f"{r['wall']:.2f} ({r['cpu']:.2f})")
+        print(f"| {name} |", " | ".join(cells), "|")
+
+
+def main(command: str, *files: str) -> None:
+    """One of the commands above."""
+    if command == "errors":
+        join(files, "results.json")
+    if command == "seconds":
+        join(files, "seconds.json")
+    if command == "tables":
+        rows = read("results.json")
+        gptq_tables(rows)
+        weight_table(rows)
+        other_tables(rows)
+        seconds_table(read("seconds.json"))
 
 
 if __name__ == "__main__":
-    write_layers() if sys.argv[1] == "layers" else ours(sys.argv[2])
+    main(*sys.argv[1:])
