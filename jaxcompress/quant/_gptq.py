@@ -208,7 +208,7 @@ def _one(
         fixed = static_steps(w, importance, tensor, problem)
     if fixed is None:
 
-        def first(i: jax.Array, group: Group) -> Choice:
+        def searched(i: jax.Array, group: Group) -> Choice:
             # The group where its inputs make up for all errors before it.
             moved = jax.lax.linalg.triangular_solve(
                 group.feedback,
@@ -221,12 +221,24 @@ def _one(
             return Choice(problem.search(group.base + moved, counts, tensor), group)
 
         state = sweep_groups(
-            w, empty(w, problem), factor.feedback, first, problem, block
+            w,
+            empty(w, problem),
+            factor.feedback,
+            searched,
+            problem,
+            block,
+            first=True,
         )
     else:
         groups = order // (w.shape[0] // problem.groups)
         state = sweep_all(
-            w[order], empty(w, problem, fixed), factor.feedback, groups, problem, block
+            w[order],
+            empty(w, problem, fixed),
+            factor.feedback,
+            groups,
+            problem,
+            block,
+            first=True,
         )
     state = State(state.error[back], state.codes[back], state.steps)
     if settings.refine:

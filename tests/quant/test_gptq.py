@@ -14,7 +14,10 @@ import pytest
 from jaxcompress import quant as q
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics, statistics
+from jaxcompress.quant import _feedback
 from jaxcompress.quant._gptq import factorize, gptq_weight
+from jaxcompress.quant._reconstruct import lay
+from jaxcompress.quant._steps import static_steps
 
 K, R = 24, 6
 DAMPING = 0.01
@@ -285,6 +288,36 @@ def test_factor() -> None:
     mean = np.diagonal(gram).mean()
     np.testing.assert_allclose(h, gram / mean + DAMPING * np.eye(K), atol=1e-5)
     assert float(damping) == np.float32(DAMPING)
+
+
+def test_skipping_what_is_not_there_yet_changes_nothing(monkeypatch: Any) -> None:
+    x, w = problem()
+    options = {"axes": None, "path": "w", "candidates": 1, "who": "test"}
+    laid = lay(jnp.asarray(w), GROUPS, seen(x), **options)
+    w, shape = laid.w[0], laid.problem
+    factor = factorize(laid.gram[0], DAMPING)
+    steps = static_steps(w, factor.importance, laid.tensor[0], shape)
+    groups = jnp.arange(K) // (K // shape.groups)
+
+    def choose(i: jax.Array, group: Any) -> Any:
+        return _feedback.Choice(jax.tree.map(lambda s: s[i], steps), group)
+
+    def codes(first: bool) -> list[np.ndarray]:
+        start = _feedback.empty(w, shape, steps)
+        rest = (shape, 4)
+        return [
+            np.asarray(run(w, start, factor.feedback, how, *rest, first=first).codes)
+            for run, how in (
+                (_feedback.sweep_all, groups),
+                (_feedback.sweep_groups, choose),
+            )
+        ]
+
+    expected = codes(first=False)
+    monkeypatch.setattr(_feedback, "_MANY_INPUTS", 1)
+    for mine, other in zip(codes(first=True), expected, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    np.testing.assert_array_equal(*expected)
 
 
 def test_damping_rises_until_the_factor_exists() -> None:
