@@ -5,6 +5,8 @@
 Its GPTQ runs eagerly and compiles for each input of a block; so only one layer.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import functools
