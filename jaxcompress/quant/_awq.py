@@ -9,19 +9,16 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Statistics
-from jaxcompress.quant._elements import Integer
+from jaxcompress.quant._elements import Binary, Ternary
 from jaxcompress.quant._format import NumberFormat
-from jaxcompress.quant._frame import (
-    Base,
-    Frame,
-    divided,
-    output_error,
-    round_weight,
-    rounded,
-)
+from jaxcompress.quant._frame import Base, Frame, divided, output_error, round_weight
 from jaxcompress.quant._granularity import split_blocks, spread
-from jaxcompress.quant._quantize import Grid
+from jaxcompress.quant._quantize import Grid, encode
+from jaxcompress.quant._ranges import Search, mse
 from jaxcompress.quant._scaled import ScaledArray
+
+CLIPPING = mse(steps=20, shrink=0.5)
+"""How `awq_weight` shortens ranges, unless told otherwise."""
 
 
 def awq_weight(
@@ -31,17 +28,17 @@ def awq_weight(
     *,
     axes: Any = None,
     path: str = "w",
-    alphas: int = 20,
-    clips: int = 10,
-    shortest: float = 0.5,
+    alphas: int = 10,
+    clipping: Search | None = CLIPPING,
     base: Base = round_weight,
 ) -> Leaf:
     r"""Quantize a weight whose channels are first scaled by what their activations are.
 
     .. math:: s^* = \arg\min_s \| (Q(W \operatorname{diag}(s))
-       \operatorname{diag}(s)^{-1} - W) X \|, \quad s = s_X^\alpha
+       \operatorname{diag}(s)^{-1} - W) X \|, \quad
+       s = s_X^\alpha \ \text{or}\ s = s_X^\alpha / s_W^{1 - \alpha}
 
-    Then each block's range is shortened where that lowers the error further.
+    Each block's range is shortened where that lowers the error further.
 
     Args:
       w: ``float[*stack, *core]`` weight.
@@ -51,19 +48,19 @@ def awq_weight(
         quantized as it is.
       axes: As for `quantize`. Static.
       path: Named in errors. Static.
-      alphas: Steps of the search over ``alpha`` in [0, 1]. Static.
-      clips: Steps of the search over ranges from all down to `shortest`; 0 does not
-        clip. Static.
-      shortest: Smallest share of a block's range that is tried. Static.
-      base: How the scaled and clipped weight is quantized, given the statistics of
-        ``x / s``; the searches round. Static.
+      alphas: Steps of the search over ``alpha`` in [0, 1], for each form of `s`.
+        Static.
+      clipping: The search for a block's range, where the format names none (and its
+        scale is no mean, as of `ternary`); None for the whole range. Static.
+      base: How the scaled weight is quantized, given the statistics of ``x / s``; the
+        search for `s` rounds. Static.
 
     Returns:
-      A leaf that divides activations by `s`. With the default base its output error, as
-      the statistics measure it, is at most that of rounding.
+      A leaf that divides activations by `s`: the one whose rounded weight has the least
+      output error, as the statistics measure it; among them is ``s = 1``.
 
     Raises:
-      ValueError: As `quantize` does; if an option is out of range.
+      ValueError: As `quantize` does; if `alphas` is not positive.
 
     Examples:
       >>> import jaxcompress as jc
@@ -76,44 +73,30 @@ def awq_weight(
 
     References:
       Lin et al., `AWQ <https://arxiv.org/abs/2306.00978>`_, 2023, eq. 4 and 5, section
-      3.2 and (clipping) section 5.1. Differs: :math:`s_X` is the root mean square of a
-      channel, within 1e-4 of the largest, and channels that were never active are left
-      alone; a block's clipping is chosen by the diagonal of the gram, then kept only if
-      the whole gram agrees; activations are divided where the weight is used, not in
-      the operation before it.
+      3.2 and (clipping) section 5.1; :math:`s_W`, the mean magnitude of a channel's
+      weights over the largest of their blocks, is from its published code. Differs:
+      :math:`s_X` is the root mean square of a channel, within 1e-4 of the largest, and
+      channels that were never active are left alone; every candidate `s` has its ranges
+      shortened, by the diagonal of the gram, and the last one by each block's own gram;
+      activations are divided where the weight is used, not in the operation before it.
     """
     who = f"awq_weight to {fmt.name}"
-    if alphas < 1 or clips < 0 or not 0.0 < shortest <= 1.0:
-        raise ValueError(
-            f"{who}: alphas must be positive, clips not negative, shortest in (0, 1]; "
-            f"got {alphas}, {clips}, {shortest}."
-        )
+    if alphas < 1:
+        raise ValueError(f"{who}: alphas must be positive; got {alphas}.")
     frame = Frame.of(w, fmt, axes=axes, path=path, who=who)
     if stats is None:
         return base(w, fmt, None, axes=frame.roles, path=path)
+    if fmt.search is None and not isinstance(fmt.element, Binary | Ternary):
+        fmt = fmt.replace(search=clipping)
     a = frame.storage(w)
-    centred = _centred_log(stats)
-    s = _best_scale(a, centred, frame, fmt, stats, alphas, path)
-    scaled, stats = a * frame.shared(s), divided(stats, s)
-    if clips:
-        scaled = _clipped(scaled, frame, fmt, stats, clips, shortest, path)
-    inner = frame.quantized(base, frame.weight(scaled), fmt, stats, path)
+    s = _best_scale(a, frame, fmt, stats, alphas, path)
+    scaled = frame.weight(a * frame.shared(s))
+    inner = frame.quantized(base, scaled, fmt, divided(stats, s), path)
     return ScaledArray(inner=inner, channel_scale=frame.shared(s), layout=frame.layout)
-
-
-def _centred_log(stats: Statistics) -> jax.Array:
-    """Logarithm of each channel's magnitude, the middle of its range being zero."""
-    live = stats.total_square > 0
-    size = 0.5 * jnp.log(jnp.where(live, stats.total_square, 1.0))
-    top = size.max(-1, keepdims=True, where=live, initial=-100.0)
-    size = jnp.maximum(size, top - jnp.log(1e4))
-    low = size.min(-1, keepdims=True, where=live, initial=100.0)
-    return jnp.where(live, size - 0.5 * (top + low), 0.0)
 
 
 def _best_scale(
     a: jax.Array,
-    centred: jax.Array,
     frame: Frame,
     fmt: NumberFormat,
     stats: Statistics,
@@ -121,68 +104,54 @@ def _best_scale(
     path: str,
 ) -> jax.Array:
     """The channel scales of least output error, ``float32[*stack, K]``."""
-    n = len(frame.stack)
+    plain = fmt.replace(activations=None, rounding="nearest")
+    live = stats.total_square > 0
+    size = jnp.sqrt(stats.total_square)
+    activations = _centred_log(size, live)
+    weights = _centred_log(_share_of_block(a, frame, plain, path), live)
 
-    def error(alpha: jax.Array) -> jax.Array:
-        s = frame.shared(jnp.exp(alpha * centred))
-        q = rounded(frame.weight(a * s), fmt, frame.roles, path)
-        return output_error(frame.storage(q) / s - a, stats, n)
+    def scale(powers: jax.Array) -> jax.Array:
+        return jnp.exp(powers[0] * activations - powers[1] * weights)
+
+    def error(powers: jax.Array) -> jax.Array:
+        s = scale(powers)
+        leaf = encode(
+            frame.weight(a * frame.shared(s)),
+            plain,
+            axes=frame.roles,
+            importance=stats.total_square / jnp.square(s),
+            path=path,
+            check=False,
+        )
+        found = frame.storage(leaf.materialize()) / frame.shared(s)
+        return output_error(found - a, stats, len(frame.stack))
 
     steps = jnp.arange(alphas + 1, dtype=jnp.float32) / alphas
-    errors = jax.lax.map(error, steps)
-    best = steps[errors.argmin(0)]
-    return jnp.exp(best[..., None] * centred)
+    alone = jnp.stack([steps, jnp.zeros_like(steps)], -1)
+    both = jnp.stack([steps, 1.0 - steps], -1)
+    powers = jnp.concatenate([alone, both[:-1]])  # Both end in alpha = 1.
+    best = powers[jax.lax.map(error, powers).argmin(0)]
+    return scale(jnp.moveaxis(best, -1, 0)[..., None])
 
 
-def _clipped(
-    a: jax.Array,
-    frame: Frame,
-    fmt: NumberFormat,
-    stats: Statistics,
-    clips: int,
-    shortest: float,
-    path: str,
+def _centred_log(size: jax.Array, live: jax.Array) -> jax.Array:
+    """Logarithm of each channel's magnitude, the middle of its range being zero."""
+    live &= size > 0
+    size = jnp.log(jnp.where(live, size, 1.0))
+    top = size.max(-1, keepdims=True, where=live, initial=-100.0)
+    size = jnp.maximum(size, top - jnp.log(1e4))
+    low = size.min(-1, keepdims=True, where=live, initial=100.0)
+    return jnp.where(live, size - 0.5 * (top + low), 0.0)
+
+
+def _share_of_block(
+    a: jax.Array, frame: Frame, fmt: NumberFormat, path: str
 ) -> jax.Array:
-    """The weight clamped to the share of each block's range of the least error."""
-    w = frame.weight(a)
-    grid = Grid.of(w, fmt, axes=frame.roles, path=path, check=False)
-    blocks, flat = grid.blocks, grid.flatten(w)
-    importance = jnp.broadcast_to(frame.shared(stats.total_square), a.shape)
-    importance = grid.flatten(frame.weight(importance))
-    low = jnp.minimum(blocks.reduce(jnp.min, flat), 0.0)
-    high = jnp.maximum(blocks.reduce(jnp.max, flat), 0.0)
-    if not (isinstance(fmt.element, Integer) and not fmt.element.symmetric):
-        high = jnp.maximum(high, -low)
-        low = -high
-
-    def clamp(share: jax.Array) -> jax.Array:
-        parts, _ = split_blocks(flat, blocks.counts)
-        ends = (spread(share * end, flat.shape) for end in (low, high))
-        return jnp.clip(parts, *ends).reshape(flat.shape)
-
-    def delta(clamped: jax.Array) -> jax.Array:
-        q = rounded(blocks.flat.unflatten(clamped), fmt, frame.roles, path)
-        return grid.flatten(q) - flat
-
-    def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> Any:
-        share = 1.0 - (1.0 - shortest) * i.astype(jnp.float32) / clips
-        error = jnp.square(delta(clamp(jnp.full_like(high, share)))) * importance
-        error = blocks.reduce(jnp.sum, error)
-        better = error < best[0]
-        return (
-            jnp.where(better, error, best[0]),
-            jnp.where(better, share, best[1]),
-        )
-
-    start = jnp.full_like(high, jnp.inf), jnp.ones_like(high)
-    _, share = jax.lax.fori_loop(0, clips + 1, step, start)
-    clamped = clamp(share)
-    n = len(frame.stack)
-    whole = output_error(_storage(grid, delta(flat)), stats, n)
-    short = output_error(_storage(grid, delta(clamped)), stats, n)
-    keep = (short < whole).reshape(*frame.stack, *(1,) * (a.ndim - n))
-    return jnp.where(keep, _storage(grid, clamped), a)
-
-
-def _storage(grid: Grid, flat: jax.Array) -> jax.Array:
-    return grid.blocks.layout.to_storage(grid.blocks.flat.unflatten(flat))
+    """Mean magnitude of each input's weights over the largest of their blocks."""
+    grid = Grid.of(frame.weight(a), fmt, axes=frame.roles, path=path, check=False)
+    blocks, flat = grid.blocks, jnp.abs(grid.flatten(frame.weight(a)))
+    largest = blocks.reduce(jnp.max, flat)
+    parts, _ = split_blocks(flat, blocks.counts)
+    share = parts / spread(jnp.where(largest > 0, largest, 1.0), flat.shape)
+    share = blocks.flat.to_storage(share.reshape(flat.shape))
+    return share.reshape(*frame.stack, -1, frame.inputs).mean(-2)

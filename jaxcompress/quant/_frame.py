@@ -18,7 +18,7 @@ from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._calibrators import activation_range
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._format import NumberFormat
-from jaxcompress.quant._quantize import encode, quantize
+from jaxcompress.quant._quantize import encode
 from jaxcompress.transform import check_weight
 
 Base = Callable[..., Leaf]
@@ -120,18 +120,26 @@ def round_weight(
     axes: Any = None,
     path: str = "w",
 ) -> QuantizedArray:
-    """`quantize`, with the scale of static activations from the statistics."""
-    scale = zero = None
-    if fmt.activations is not None and fmt.activations.static and stats is not None:
-        scale, zero = static_range(stats, fmt.activations)
-    return quantize(
+    """`quantize`, with what statistics of the inputs add.
+
+    Static activations get their scale, and a search by `mse` minimizes errors of the
+    outputs, each block for itself, in place of the weight's.
+    """
+    scale = zero = importance = None
+    if stats is not None:
+        importance = stats.total_square if stats.gram is None else stats.gram
+        if fmt.activations is not None and fmt.activations.static:
+            scale, zero = static_range(stats, fmt.activations)
+    leaf = encode(
         w,
         fmt,
         axes=axes,
         path=path,
         activation_scale=scale,
         activation_zero=zero,
+        importance=importance,
     )
+    return leaf.pack()
 
 
 def static_range(
@@ -150,12 +158,6 @@ def static_range(
         scale = 2.0 * top / (element.high - element.low)
         return scale, element.low + jnp.round(top / scale)
     return top / element.largest, None
-
-
-def rounded(w: jax.Array, fmt: NumberFormat, roles: Axes, path: str) -> jax.Array:
-    """Dense float32 values of a float32 weight on its grid, for a search."""
-    plain = fmt.replace(activations=None, rounding="nearest")
-    return encode(w, plain, axes=roles, path=path, check=False).materialize()
 
 
 def output_error(delta: jax.Array, stats: Statistics, stack: int) -> jax.Array:

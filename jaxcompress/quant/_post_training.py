@@ -13,6 +13,7 @@ from jaxcompress.quant._awq import awq_weight
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import round_weight
 from jaxcompress.quant._gptq import gptq_weight
+from jaxcompress.quant._quantize import quantize
 from jaxcompress.quant._smoothquant import smoothquant_weight
 
 Core = Callable[..., Leaf]
@@ -61,7 +62,8 @@ def _algorithm(core: Core, fmt: NumberFormat) -> Algorithm:
         return core(w, fmt, stats, axes=axes, path=path)
 
     def baseline(w: Any, stats: Any, *, axes: Any, path: str) -> Leaf:
-        return round_weight(w, plain, stats, axes=axes, path=path)
+        del stats
+        return quantize(w, plain, axes=axes, path=path)
 
     return Algorithm(run=run, baseline=baseline, name=f"{_name(core)} {fmt!r}")
 

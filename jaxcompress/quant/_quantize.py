@@ -109,8 +109,9 @@ def encode(
     """As `quantize`, with the codes left unpacked: the training view's stored form.
 
     ``importance``, ``float[*stack, K]``, is what a squared error in each input counts
-    for in a search by `mse` (the second moment of the activations, for one). With
-    ``scale``, ``float[*stack, *out_blocks, G]``, and for an asymmetric format
+    for in a search by `mse` (the second moment of the activations, for one), or
+    ``float[*stack, K, K]``, the second moments of the inputs, for errors of outputs.
+    With ``scale``, ``float[*stack, *out_blocks, G]``, and for an asymmetric format
     ``zero_point``, the grid is that one, rounded to the nearest that can be stored.
     Without ``check`` the weight itself is not looked at.
     """
@@ -119,8 +120,7 @@ def encode(
     if scale is None:
         if isinstance(fmt.element, Ternary):
             a = above_threshold(a, grid.blocks)
-        counts = None if importance is None else grid.along_inputs(importance)
-        scales = compute_scales(a, grid.blocks, grid.roles.stack, fmt, counts)
+        scales = compute_scales(a, grid.blocks, grid.roles.stack, fmt, importance)
     else:
         scales = grid.given(scale, zero_point)
     noise = _noise(a, fmt, key, grid.who)
@@ -166,14 +166,6 @@ class Grid(NamedTuple):
     def flatten(self, w: jax.Array) -> jax.Array:
         """The weight in float32 and flat order."""
         return self.blocks.flat.flatten(jnp.asarray(w).astype(jnp.float32))
-
-    def along_inputs(self, a: jax.Array) -> jax.Array:
-        """``[*stack, K]`` in float32, to broadcast against a flat weight."""
-        flat = self.blocks.flat
-        dims = [1] * len(self.blocks.counts)
-        dims[: flat.stack] = flat.shape[: flat.stack]
-        dims[flat.position] = flat.k
-        return a.astype(jnp.float32).reshape(dims)
 
     def given(self, scale: jax.Array, zero_point: jax.Array | None = None) -> Scales:
         """Scales as they will be stored, from real numbers in storage order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +61,9 @@ def compute_scales(
       blocks: Which weights share a scale.
       stack: Number of stack axes.
       fmt: The format.
-      importance: Broadcastable against `a`: what a squared error counts for in the
-        search by `mse`; of the other searches ignored.
+      importance: ``float32[*stack, K]``, what a squared error of an input counts for
+        in the search by `mse`, or ``float32[*stack, K, K]``, second moments of the
+        inputs: errors are then those of the outputs. Of other searches ignored.
     """
     if isinstance(fmt.search, HQQ | MSE):
         return _search_scales(a, importance, blocks=blocks, stack=stack, fmt=fmt)
@@ -82,19 +84,42 @@ def _search_scales(
     if isinstance(fmt.search, HQQ):
         return _solve(fmt.search, a, blocks, _range_scales(reach, stack, fmt), fmt)
     assert isinstance(fmt.search, MSE)
+    moved = _moved_by(importance, blocks)
     # Errors are those of rounding to nearest: noise has none to compare.
     plain = fmt.replace(rounding="nearest") if fmt.rounding == "stochastic" else fmt
 
     def error(part: Ends) -> jax.Array:
         scales = _range_scales(reach, stack, fmt, part)
-        square = jnp.square(a - round_trip(a, blocks, scales, plain))
-        return blocks.reduce(
-            jnp.sum, square if importance is None else square * importance
-        )
+        delta = round_trip(a, blocks, scales, plain) - a
+        return blocks.reduce(jnp.sum, delta * moved(delta))
 
     tried = ratios(fmt.search, powers_of_two=fmt.scale == "e8m0")
     ones = jax.tree.map(jnp.ones_like, reach)
     return _range_scales(reach, stack, fmt, least_error(error, ones, tried))
+
+
+def _moved_by(
+    importance: jax.Array | None, blocks: Blocks
+) -> Callable[[jax.Array], jax.Array]:
+    """A weight's error times the moments of its inputs, those of its own block."""
+    if importance is None:
+        return lambda delta: delta
+    flat = blocks.flat
+    if importance.ndim == flat.stack + 1:
+        dims = [1] * len(blocks.counts)
+        dims[: flat.stack], dims[flat.position] = flat.shape[: flat.stack], flat.k
+        return functools.partial(jnp.multiply, importance.reshape(dims))
+    groups = blocks.counts[flat.position]
+    *stack, k, _ = importance.shape
+    split = importance.reshape(*stack, groups, k // groups, groups, k // groups)
+    own = jnp.moveaxis(jnp.diagonal(split, axis1=-4, axis2=-2), -1, -3)
+
+    def moved(delta: jax.Array) -> jax.Array:
+        rows = flat.to_storage(delta).reshape(*stack, -1, groups, k // groups)
+        product = jnp.einsum("...ngi,...gij->...ngj", rows, own, precision="highest")
+        return flat.from_storage(product.reshape(flat.to_storage(delta).shape))
+
+    return moved
 
 
 def _reach(a: jax.Array, blocks: Blocks, fmt: NumberFormat) -> Ends:

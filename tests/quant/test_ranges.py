@@ -150,6 +150,32 @@ def test_importance_says_which_errors_count() -> None:
     np.testing.assert_array_equal(found[1], alone.transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize("fmt", [q.int3(group_size=16), q.integer(3, symmetric=False)])
+def test_moments_of_the_inputs_weigh_errors_of_a_blocks_outputs(fmt: Any) -> None:
+    """Least among all scales that a search could have taken; a diagonal is a vector."""
+    fmt = fmt.replace(search=q.mse(steps=8, shrink=0.5))
+    w, x = gaussian(3, 2, 32, 3), gaussian(4, 2, 64, 32)
+    w[0, 3, 1] = 6.0
+    x = x + 2 * x[..., :1]
+    gram = np.swapaxes(x, 1, 2) @ x
+    run = jax.jit(lambda w, g: encode(w, fmt, axes=-2, importance=g).materialize())
+    size = fmt.granularity.size if hasattr(fmt.granularity, "size") else 32
+
+    def errors(importance: np.ndarray) -> np.ndarray:
+        delta = (np.asarray(run(w, importance)) - w).reshape(2, -1, size, 3)
+        blocks = gram.reshape(2, 32 // size, size, 32 // size, size)
+        own = np.stack([blocks[:, i, :, i] for i in range(32 // size)], 1)
+        return np.einsum("sgio,sgij,sgjo->sgo", delta, own, delta)
+
+    diagonal = np.einsum("sii->si", gram)
+    by_outputs, by_inputs = errors(gram), errors(diagonal)
+    if fmt.element.symmetric:  # Else the ends are searched in turn.
+        assert (by_outputs <= by_inputs * (1 + 1e-5)).all()
+    assert by_outputs.sum() < 0.98 * by_inputs.sum()
+    only = np.eye(32, dtype=np.float32) * diagonal[:, None]
+    np.testing.assert_array_equal(run(w, only), run(w, diagonal))
+
+
 # -- percentile
 
 
