@@ -106,6 +106,21 @@ class Cast:
 LayoutOp = Transpose | Reshape | Cast
 
 
+class Place(NamedTuple):
+    """A part of an array that is written, cut along its first axes alone.
+
+    Attributes:
+      axes: How many.
+      write: ``(array, part) -> array``, for arrays that begin with those axes.
+      read: What of an array goes with the part, where it has those axes or ones in
+        their place; or ``NotImplemented``.
+    """
+
+    axes: int
+    write: Callable[[jax.Array, jax.Array], jax.Array]
+    read: Callable[[jax.Array], jax.Array]
+
+
 class Leaf(abc.ABC):
     """A compressed array: logical `shape` and `dtype`, and the buffers it is stored in.
 
@@ -182,17 +197,18 @@ class Leaf(abc.ABC):
         del ndim
         return NotImplemented
 
-    def encode_like(self, values: jax.Array) -> Leaf:
-        """Dense values in this leaf's own format, for writing them into a part of it.
+    def written(self, values: jax.Array, place: Place) -> Leaf:
+        """This leaf with dense values encoded in its format and written into a part.
 
         Args:
           values: ``float[*stack, *core]``: this leaf's core, any stack.
+          place: Where they go.
 
         Returns:
-          A leaf whose components may replace parts of this one's along the stack
-          axes, or ``NotImplemented`` where values cannot be encoded apart.
+          A leaf of the same form, or ``NotImplemented`` where values cannot be encoded
+          apart.
         """
-        del values
+        del values, place
         return NotImplemented
 
     def dot_general(

@@ -13,7 +13,6 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,15 +148,10 @@ class Stories(nn.Module):
         return embed.attend(nn.RMSNorm(EPSILON, name="norm")(x)), cache
 
 
-def init_cache(
-    batch: int,
-    length: int = CONTEXT,
-    *,
-    empty: Callable[[tuple[int, ...]], Any] = jnp.zeros,
-) -> Cache:
-    """An empty cache for `length` tokens; `empty` makes its parts, of a shape."""
+def init_cache(batch: int, length: int = CONTEXT) -> Cache:
+    """An empty cache for `length` tokens."""
     shape = (LAYERS, batch, length, KV_HEADS, HEAD)
-    return Cache(empty(shape), empty(shape))
+    return Cache(jnp.zeros(shape), jnp.zeros(shape))
 
 
 def load(*, scan: bool = True, root: Path | str | None = None) -> tuple[Stories, Any]:

@@ -24,7 +24,7 @@ Timed = tuple[str, Callable[[], Any], Callable[[Any], Any]]
 
 
 def of_llm_compressor(layer: measure.Layer) -> Iterator[Timed]:
-    """With the scales there before, and with its best observer counted."""
+    """With the scales there before, and with its first and best observers counted."""
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     make = functools.partial(peers.llm_compressor_arguments, layer, BITS, GROUP)
@@ -40,8 +40,9 @@ def of_llm_compressor(layer: measure.Layer) -> Iterator[Timed]:
 
     name = "llmcompressor: scales not counted"
     yield name, prepare, lambda copies: quantize_weight(**copies)
-    given = make("imatrix_mse")
-    yield "llmcompressor: imatrix_mse", prepare, search
+    for observer in ("memoryless_minmax", "imatrix_mse"):
+        given = make(observer)
+        yield f"llmcompressor: {observer}", prepare, search
 
 
 def of_gptqmodel(layer: measure.Layer) -> Iterator[Timed]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.leaf import Place
 from jaxcompress.lift._tracked import Tracked
 
 
@@ -25,11 +25,20 @@ def dynamic_update_slice(
     del eqn
     axes = leading_axes(update.shape, w.shape)
 
+    zero = jnp.zeros_like(starts[0])
+
     def write(a: jax.Array, part: jax.Array) -> jax.Array:
-        rest = (jnp.zeros_like(starts[0]),) * (a.ndim - axes)
+        rest = (zero,) * (a.ndim - axes)
         return jax.lax.dynamic_update_slice(a, part, (*starts[:axes], *rest))
 
-    return _write(w, update, axes, write)
+    def read(a: jax.Array) -> jax.Array:
+        shared = [n == 1 for n in a.shape[:axes]]
+        first = [zero if one else i for i, one in zip(starts, shared, strict=False)]
+        sizes = [1 if one else n for n, one in zip(update.shape, shared, strict=False)]
+        rest = (zero,) * (a.ndim - axes)
+        return jax.lax.dynamic_slice(a, (*first, *rest), (*sizes, *a.shape[axes:]))
+
+    return _write(w, update, Place(axes, write, read))
 
 
 def scatter(eqn: Any, w: Tracked, indices: jax.Array, updates: jax.Array) -> Tracked:
@@ -59,21 +68,19 @@ def scatter(eqn: Any, w: Tracked, indices: jax.Array, updates: jax.Array) -> Tra
             mode=eqn.params["mode"],
         )
 
-    return _write(w, updates, axes, write)
+    def read(a: jax.Array) -> jax.Array:
+        if any(n != 1 for n in a.shape[:axes]):
+            return NotImplemented  # It would have to be gathered.
+        return a.reshape((1,) * lead + a.shape[axes:])
+
+    return _write(w, updates, Place(axes, write, read))
 
 
-def _write(
-    w: Tracked,
-    update: jax.Array,
-    axes: int,
-    write: Callable[[jax.Array, jax.Array], jax.Array],
-) -> Tracked:
-    """Write the components of an encoded update into those of the weight."""
+def _write(w: Tracked, update: jax.Array, place: Place) -> Tracked:
+    """Write an update into a compressed array, in its own format."""
     if not w.compressed:
         return NotImplemented
-    if w.value.stacked(axes) is not w.value:
-        return NotImplemented  # Parts that share scales cannot be written apart.
-    part = w.value.encode_like(update)
-    if part is NotImplemented:
+    value = w.value.written(update, place)
+    if value is NotImplemented:
         return NotImplemented
-    return dataclasses.replace(w, value=jax.tree.map(write, w.value, part))
+    return dataclasses.replace(w, value=value)

@@ -72,6 +72,7 @@ from ._normalization import batch_norms as batch_norms
 from ._normalization import correct_bias as correct_bias
 from ._normalization import equalize as equalize
 from ._normalization import fold_batch_norm as fold_batch_norm
+from ._normalized import NormalizedArray as NormalizedArray
 from ._outliers import SplitArray as SplitArray
 from ._outliers import split_outliers_weight as split_outliers_weight
 from ._pact import clip_penalty as clip_penalty

@@ -18,6 +18,7 @@ from jaxcompress.leaf import (
     Cast,
     LayoutOp,
     Leaf,
+    Place,
     Ran,
     component,
     dense_dot_general,
@@ -211,11 +212,16 @@ class QuantizedArray(Leaf):
         }
         return self.replace(layout=layout, **grown)
 
-    def encode_like(self, values: jax.Array) -> Leaf:
-        """Codes and scales of other values, each with scales of its own."""
+    def written(self, values: jax.Array, place: Place) -> Leaf:
+        """Codes and scales of the values, where each has scales of its own."""
         from jaxcompress.quant._cache import encode_like
 
-        return encode_like(self, values)
+        if self.stacked(place.axes) is not self:
+            return NotImplemented  # Parts that share scales cannot be written apart.
+        part = encode_like(self, values)
+        if part is NotImplemented:
+            return NotImplemented
+        return jax.tree.map(place.write, self, part)
 
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any

@@ -13,12 +13,18 @@ from jaxcompress.leaf import Leaf
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._granularity import PerChannel, PerGroup
+from jaxcompress.quant._normalized import NormalizedArray
 from jaxcompress.quant._quantize import encode
 
 
 def kv_cache(
-    shape: Sequence[int], fmt: NumberFormat, *, dtype: Any = jnp.float32
-) -> QuantizedArray:
+    shape: Sequence[int],
+    fmt: NumberFormat,
+    *,
+    dtype: Any = jnp.float32,
+    mean: jax.Array | None = None,
+    deviation: jax.Array | None = None,
+) -> Leaf:
     """An empty cache of keys or values, for decoding with a lifted function.
 
     Each vector along the last axis has scales of its own, one or one a group, so that
@@ -33,15 +39,22 @@ def kv_cache(
         other order whose last axis is not cut by an update. Static.
       fmt: The number format, per channel or in groups along the last axis. Static.
       dtype: What the model reads, and writes.
+      mean: Of each channel, as far as it is the same for all tokens: keys often have
+        channels that are large in every token, and then share their scale with small
+        ones. Of `shape`, or with ones in it; at least where tokens differ. Taken off
+        before rounding and added to what is read.
+      deviation: Of each channel about its mean, likewise, positive: divided by before
+        rounding.
 
     Returns:
-      A leaf of zeros. What is written reads back as `quantize` with ``axes=-1`` of it:
-      for integers each element within ``scale / 2``.
+      A leaf of zeros (with a `mean`, of means). What is written reads back as
+      `quantize` with ``axes=-1`` of it: for integers each element within
+      ``scale / 2``, times the channel's deviation.
 
     Raises:
       ValueError: If `shape` is empty, a group does not divide the last axis, or the
         format has other blocks, stochastic or truncating rounding, or static
-        activations.
+        activations; if `mean` or `deviation` does not fit the shape.
 
     Examples:
       >>> import jaxcompress as jc
@@ -55,16 +68,29 @@ def kv_cache(
     References:
       Sheng et al., `FlexGen <https://arxiv.org/abs/2303.06865>`_, 2023, section 5.1
       (groups of 4 bits); Liu et al., `KIVI <https://arxiv.org/abs/2402.02750>`_, 2024,
-      section 3.2. Differs: keys too have a scale for each token, not for each channel
-      over many tokens, which would need a dense window of the last ones.
+      section 3.2 (channels of keys). Differs: keys too have a scale for each token; a
+      channel has its calibrated mean and deviation, where KIVI has a scale for each
+      channel over many tokens, and a dense window of the last ones.
     """
     shape = tuple(shape)
     _check(shape, fmt)
+    for name, side in (("mean", mean), ("deviation", deviation)):
+        if side is not None:
+            _check_side(name, jnp.shape(side), shape)
     fmt = fmt.replace(axes=None)
     one = jnp.zeros((1,) * (len(shape) - 1) + shape[-1:], dtype)
     vector = encode(one, fmt, axes=_roles(one.ndim), path="kv_cache").pack()
-    return jax.tree.map(
+    cache = jax.tree.map(
         lambda a: jnp.broadcast_to(a, (*shape[:-1], a.shape[-1])), vector
+    )
+    if mean is None and deviation is None:
+        return cache
+    ones = (1,) * (len(shape) - 1) + shape[-1:]
+    return NormalizedArray(
+        inner=cache,
+        mean=jnp.zeros(ones) if mean is None else jnp.float32(mean),
+        deviation=jnp.ones(ones) if deviation is None else jnp.float32(deviation),
+        layout=cache.layout,
     )
 
 
@@ -94,8 +120,22 @@ def _check(shape: tuple[int, ...], fmt: NumberFormat) -> None:
         )
 
 
+def _check_side(name: str, sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    fits = len(sizes) == len(shape) and sizes[-1] == shape[-1]
+    if not fits or any(n not in (1, m) for n, m in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"kv_cache: {name} must have the shape of the cache, {shape}, or ones in "
+            f"it, but along the last axis; got {sizes}. Take it over tokens with "
+            "keepdims=True."
+        )
+
+
 def encode_like(leaf: QuantizedArray, values: jax.Array) -> Leaf:
-    """`Leaf.encode_like` of a quantized array, rounded to nearest."""
+    """Dense values in the format of a quantized array, rounded to nearest.
+
+    Its components may replace parts of the leaf's along the stack axes; or
+    ``NotImplemented`` where values cannot be encoded apart.
+    """
     core = len(leaf.layout.order)
     *lead, k = jax.eval_shape(leaf.elements).shape
     own = (leaf.scale, leaf.zero_point, leaf.tensor_scale)

@@ -216,6 +216,67 @@ def test_scattered_tokens_are_written(place: Any) -> None:
     np.testing.assert_array_equal(read(after), expected)
 
 
+def uneven(seed: int) -> tuple[np.ndarray, dict[str, jax.Array]]:
+    """Vectors with a few large channels, and means and deviations of their channels."""
+    keys = np.asarray(draw(seed, LAYERS, *SHAPE), np.float64)
+    keys = keys * np.where(np.arange(DIM) % 7, 1.0, 6.0) + 20.0 * (np.arange(DIM) == 3)
+    over = {"axis": (1, 2), "keepdims": True}
+    sides = {"mean": keys.mean(**over), "deviation": keys.std(**over)}
+    return keys, {name: jnp.asarray(a, jnp.float32) for name, a in sides.items()}
+
+
+def test_channels_are_normalized_before_rounding_and_back_after_it() -> None:
+    """The definition, through a write into a layer, its read, and the keys' product."""
+    keys, sides = uneven(3)
+    cache = q.kv_cache(keys.shape, q.int8(), **sides)
+    assert isinstance(cache, q.NormalizedArray)
+
+    def step(c: Any, new: jax.Array, x: jax.Array, layer: jax.Array) -> Any:
+        start = (layer, *(jnp.int32(i) for i in (0, 5, 0, 0)))
+        c = jax.lax.dynamic_update_slice(c, new[None], start)
+        own = jax.lax.dynamic_index_in_dim(c, layer, keepdims=False)
+        return c, jnp.einsum("bhd,bkhd->bhk", x, own)
+
+    new = jnp.asarray(keys[1, :, 5:8], jnp.float32)
+    x, layer = draw(4, BATCH, HEADS, DIM), jnp.int32(1)
+    after, scores = jax.jit(jc.lift(step, on_dense="error"))(cache, new, x, layer)
+    assert_same_form(after, cache)
+    mean, deviation = (np.float64(a)[1] for a in sides.values())
+    normal = (np.float64(new) - mean) / deviation
+    scale = np.abs(normal).max(-1, keepdims=True) / 127
+    found, means = np.float64(read(after)), np.broadcast_to(sides["mean"], keys.shape)
+    error = np.abs(found[1, :, 5:8] - np.float64(new))
+    assert (error <= scale / 2 * deviation * 1.001 + 1e-5).all()
+    unwritten = np.delete(found[1], range(5, 8), 1)
+    np.testing.assert_array_equal(unwritten, np.delete(means[1], range(5, 8), 1))
+    np.testing.assert_array_equal(found[::2], means[::2])
+    product = np.einsum("bhd,bkhd->bhk", np.float64(x), found[1])
+    np.testing.assert_allclose(scores, product, rtol=1e-4, atol=1e-3)
+    plain = np.asarray(read(pack(new, q.int8())))
+    assert np.square(error).sum() < 0.2 * np.square(plain - new).sum()
+
+
+def test_normalized_channels_are_scattered_where_all_entries_share_them() -> None:
+    keys, sides = uneven(5)
+    one = {name: a[0] for name, a in sides.items()}
+    cache = q.kv_cache(SHAPE, q.int8(), **one)
+    new = jnp.asarray(keys[0, :, 4], jnp.float32)
+    place = lambda c, u: c.at[:, 4].set(u)
+    after = jax.jit(jc.lift(place, on_dense="error"))(cache, new)
+    assert_same_form(after, cache)
+    np.testing.assert_allclose(read(after)[:, 4], new, atol=0.2)
+    with pytest.raises(LiftError, match="is made dense"):  # Means of one layer each.
+        jc.lift(lambda c, u: c.at[0, :, 4].set(u), on_dense="error")(
+            q.kv_cache(keys.shape, q.int8(), **sides), new
+        )
+
+
+@pytest.mark.parametrize("name", ["mean", "deviation"])
+def test_sides_of_another_shape_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must have the shape of the cache"):
+        q.kv_cache(SHAPE, q.int8(), **{name: jnp.ones((1, LENGTH + 1, 1, DIM))})
+
+
 def test_scattering_part_of_a_vector_turns_dense() -> None:
     cache = pack(draw(0, *SHAPE), q.int8())
     part = draw(1, BATCH, LENGTH, HEADS, 3)

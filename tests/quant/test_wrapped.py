@@ -20,7 +20,9 @@ from tests.lift.programs import mesh
 from tests.quant.wrapping import KINDS, MATRIX, SITES, draw, make, run
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-simple = pytest.mark.parametrize("kind", ["scaled", "rotated", "split", "corrected"])
+simple = pytest.mark.parametrize(
+    "kind", ["scaled", "normalized", "rotated", "split", "corrected"]
+)
 INT4 = q.int4()
 INT8 = q.Integer(bits=8)
 W8A8 = q.int8(activations=q.dynamic(INT8))
@@ -95,6 +97,9 @@ def operand(leaf: Leaf, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     match leaf:
         case q.ScaledArray():
             return x / np.asarray(leaf.channel_scale)[0], none
+        case q.NormalizedArray():
+            mean, deviation = np.asarray(leaf.mean)[0], np.asarray(leaf.deviation)[0]
+            return x * deviation, (x * mean).sum(1, keepdims=True)
         case q.RotatedArray():
             h = np.ones((1, 1))
             while len(h) < leaf.block:

@@ -86,6 +86,13 @@ def scaled(p: Parts) -> Leaf:
     return q.ScaledArray(inner=p.inner, channel_scale=s, layout=p.layout)
 
 
+def normalized(p: Parts) -> Leaf:
+    shape = (*p.stack, *p.ones, p.k)
+    s = jnp.exp2(jax.random.normal(jax.random.key(6), shape))
+    mean = jax.random.normal(jax.random.key(7), shape)
+    return q.NormalizedArray(inner=p.inner, mean=mean, deviation=s, layout=p.layout)
+
+
 def rotated(p: Parts) -> Leaf:
     shape = (*p.stack, *p.ones, p.k)
     signs = jax.random.rademacher(jax.random.key(2), shape, jnp.int8)
@@ -130,7 +137,15 @@ def nested(p: Parts) -> Leaf:
 
 KINDS: dict[str, Callable[[Parts], Leaf]] = {
     f.__name__: f
-    for f in (scaled, rotated, split, corrected, quantized_factors, nested)
+    for f in (
+        scaled,
+        normalized,
+        rotated,
+        split,
+        corrected,
+        quantized_factors,
+        nested,
+    )
 }
 
 
