@@ -3,7 +3,8 @@
     python -m experiments.peers.ours layers.npz ours.json
 
 GPTQ with one setting for all layers and formats: ``act_order=True``, else the defaults,
-once for each damping that peers are run with. "Permuted" groups hold inputs in order of
+once for each damping that peers are run with; then with ``refine=0``, which is one pass
+as peers do. "Permuted" groups hold inputs in order of
 their second moment, as GPTQModel's ``desc_act`` has them: the same call on the permuted
 weight and statistics, an index for each input being stored beside it.
 """
@@ -50,11 +51,13 @@ class Prepared:
         return measure.output_errors(self.layer, run)
 
 
-def gptq(layer: Prepared, fmt: Any, damping: float, permuted: bool) -> jax.Array:
+def gptq(
+    layer: Prepared, fmt: Any, damping: float, permuted: bool, refine: int = 2
+) -> jax.Array:
     """The weight that the leaf stands for."""
     if not permuted:
         leaf = quant.gptq_weight(
-            layer.w, fmt, layer.stats, act_order=True, damping=damping
+            layer.w, fmt, layer.stats, act_order=True, damping=damping, refine=refine
         )
         return leaf.materialize()
     w = layer.w[layer.order]
@@ -70,12 +73,13 @@ def weights(layer: Prepared, bits: int, group: int) -> Iterator[Method]:
         row = {"by": f"ours: {name}", "groups": "consecutive", "settings": {}}
         run = lambda chosen=chosen: quant.quantize(layer.w, chosen).materialize()
         yield row, functools.partial(layer.errors, run)
-    for permuted in (False, True):
+    for permuted, refine in ((False, 2), (False, 0), (True, 2)):
         for damping in DAMPINGS:
             groups = "permuted" if permuted else "consecutive"
-            settings = {"refine": 2, "damping": damping, "act_order": not permuted}
+            settings: dict[str, Any] = {"refine": refine, "damping": damping}
+            settings["act_order"] = not permuted
             row = {"by": "ours: gptq", "groups": groups, "settings": settings}
-            run = functools.partial(gptq, layer, fmt, damping, permuted)
+            run = functools.partial(gptq, layer, fmt, damping, permuted, refine)
             yield row, functools.partial(layer.errors, run)
 
 
@@ -99,14 +103,14 @@ def awq(layer: Prepared, group: int) -> Iterator[Method]:
 
 
 def smoothquant(layer: Prepared) -> Iterator[Method]:
-    """int8 weights a channel, int8 activations."""
+    """int8 weights a channel, ranges of least output error; int8 activations."""
     int8 = quant.Integer(bits=8)
     for name, scheme in (
         ("token", quant.dynamic(int8)),
         ("static", quant.static(int8)),
     ):
         for alpha in (0.5, 0.65, 0.8, 1.0):
-            fmt = quant.int8(activations=scheme)
+            fmt = quant.int8(activations=scheme, search=quant.mse())
             row = {"by": "ours", "method": "smoothquant", "activations": name}
             leaf = functools.partial(
                 quant.smoothquant_weight, layer.w, fmt, layer.stats, alpha=alpha

@@ -54,15 +54,16 @@ def cases(rows: list[Row]) -> list[tuple[str, int, int]]:
     return list(dict.fromkeys((r["layer"], r["bits"], r["group"]) for r in rows))
 
 
-def compare(title: str, rows: list[Row], columns: dict[str, Sort], ours: str) -> None:
-    """A table, and where `ours` is above another column.
+def compare(title: str, rows: list[Row], columns: dict[str, Sort], *ours: str) -> None:
+    """A table, and where each of `ours` is above every peer's column.
 
     Of a method's settings the best is taken, for each error on its own. The least
     held-out error of a row is bold.
     """
     print(f"\n{title}\n\n| layer, bits, group |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))
-    lost, known_cases = [], cases([r for r in rows if columns[ours](r)])
+    known_cases = cases([r for r in rows if columns[ours[0]](r)])
+    lost: dict[str, list[str]] = {name: [] for name in ours}
     for layer, bits, group in known_cases:
         here = [
             r
@@ -73,17 +74,21 @@ def compare(title: str, rows: list[Row], columns: dict[str, Sort], ours: str) ->
         for name, where in columns.items():
             cells[name] = [least(here, where, m) for m in MEASURES]
         for i, m in enumerate(MEASURES):
-            others = [v[i] for name, v in cells.items() if name != ours]
-            mine, known = cells[ours][i], [v for v in others if v is not None]
-            if mine is not None and known and mine > min(known):
-                lost.append(f"{layer} {bits} g{group} {m} {mine / min(known) - 1:+.2%}")
+            peers = [v[i] for name, v in cells.items() if not name.startswith("ours")]
+            best = min((v for v in peers if v is not None), default=float("inf"))
+            for name in ours:
+                mine = cells[name][i]
+                if mine is not None and mine > best:
+                    case = f"{layer} {bits} g{group} {m}"
+                    lost[name].append(f"{case} {mine / best - 1:+.2%}")
         first = min(v[1] for v in cells.values() if v[1] is not None)
         text = [show(values, values[1] == first) for values in cells.values()]
         print(f"| {layer}, {bits}, {group} |", " | ".join(text), "|")
-    print(
-        f"\nOurs is above the best other column in {len(lost)} errors of "
-        f"{2 * len(known_cases)}: {', '.join(lost) or 'none'}."
-    )
+    for name, found in lost.items():
+        print(
+            f"\n{name.capitalize()} is above the best other column in {len(found)} "
+            f"errors of {2 * len(known_cases)}: {', '.join(found) or 'none'}."
+        )
 
 
 def show(values: list[float | None], bold: bool) -> str:
@@ -109,16 +114,16 @@ def gptq_tables(rows: list[Row]) -> None:
     for damping in (0.01, 0.05):
         like: dict[str, Any] = {"groups": "consecutive", "damping": damping}
         columns = {
-            "ours": by("ours: gptq", **like),
+            "ours": by("ours: gptq", refine=2, **like),
+            "ours, refine=0": by("ours: gptq", refine=0, **like),
             "llm-compressor": by("llmcompressor", **like),
             "GPTQModel, act_group_aware": by("gptqmodel", **like),
             "qwix": by("qwix: gptq", **like),
             "hqq": by("hqq"),
             "rounding, mse": by("ours: rounding, mse"),
         }
-        compare(
-            f"Groups of consecutive inputs, damping {damping}", rows, columns, "ours"
-        )
+        title = f"Groups of consecutive inputs, damping {damping}"
+        compare(title, rows, columns, "ours", "ours, refine=0")
     for damping in (0.01, 0.05):
         like = {"groups": "permuted", "damping": damping}
         columns = {"ours": by("ours: gptq", **like)}
@@ -168,10 +173,11 @@ def weight_table(rows: list[Row]) -> None:
         )
 
 
-def seconds_table(rows: list[Row]) -> None:
-    """Medians; of a method that was run more than once, of its slowest run."""
+def seconds_table(rows: list[Row], cores: int) -> None:
+    """Medians on so many cores; of a method that ran more than once, its slowest."""
+    rows = [r for r in rows if r["cores"] == cores]
     sizes = list(dict.fromkeys(r["layer"] for r in rows))
-    print("\n| wall (processor) seconds |", " | ".join(sizes), "|")
+    print(f"\n| wall (processor) seconds, cores: {cores} |", " | ".join(sizes), "|")
     print("|---|" + "---|" * len(sizes))
     for name in dict.fromkeys(r["by"] for r in rows):
         cells = []
@@ -193,7 +199,8 @@ def main(command: str, *files: str) -> None:
         gptq_tables(rows)
         weight_table(rows)
         other_tables(rows)
-        seconds_table(read("seconds.json"))
+        for cores in (1, 2):
+            seconds_table(read("seconds.json"), cores)
 
 
 if __name__ == "__main__":
