@@ -12,7 +12,7 @@ from jaxcompress.lift import _compat
 from jaxcompress.lift._trace import Tracer
 from jaxcompress.lift._tracked import Tracked, track
 
-_MOVES = frozenset(
+MOVES = frozenset(
     {"broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"}
 )
 
@@ -36,6 +36,9 @@ class Step(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class FlatProgram:
     """Steps in program order, with nested calls entered; loops stay whole.
+
+    If asked for, scans are entered too: a parameter that is scanned over keeps its
+    path, and a step named ``scan`` reads what the body hands on.
 
     Attributes:
       steps: The equations.
@@ -62,7 +65,7 @@ class FlatProgram:
 
 
 def flatten_program(
-    fn: Callable[..., Any], params: Any, *args: Any, who: str
+    fn: Callable[..., Any], params: Any, *args: Any, who: str, scans: bool = False
 ) -> FlatProgram:
     """Trace ``fn(params, *args)`` and flatten it.
 
@@ -71,6 +74,7 @@ def flatten_program(
       params: Parameter pytree, concrete or abstract.
       *args: Example arguments.
       who: Function named in errors.
+      scans: Whether to enter scans.
     """
     tracer = Tracer(fn, who=who)
     tracked = track(params, arrays=True)
@@ -95,14 +99,33 @@ def flatten_program(
                 body = next(_compat.sub_jaxprs(eqn))
                 env.update(zip(eqn.outvars, enter(body, values), strict=True))
                 continue
+            if scans and eqn.primitive.name == "scan":
+                values = scan(eqn, values)
             outs = [next(count) for _ in eqn.outvars]
             env.update(zip(eqn.outvars, outs, strict=True))
-            if eqn.primitive.name in _MOVES and values[0] in named:
+            if eqn.primitive.name in MOVES and values[0] in named:
                 named[outs[0]] = named[values[0]]
             if all(i is None or i in fixed for i in values):
                 fixed.update(outs)
             steps.append(Step(eqn.primitive.name, tuple(values), tuple(outs), eqn))
         return [read(v) for v in program.outvars]
+
+    def scan(eqn: Any, ins: list[int | None]) -> list[int | None]:
+        """Enter a body; what goes through the loop, from outside and inside."""
+        n_consts, n_carry = _compat.scan_counts(eqn.params)
+        split = n_consts + n_carry
+        inside = [next(count) for _ in ins[n_consts:]]
+        for x, part in zip(ins[split:], inside[n_carry:], strict=True):
+            if x in named:
+                named[part] = named[x]
+            if x is None or x in fixed:
+                fixed.add(part)
+        results = enter(eqn.params["jaxpr"], [*ins[:n_consts], *inside])
+        return [
+            *ins[n_consts:split],
+            *(x for x in ins[split:] if x not in named),
+            *results,
+        ]
 
     first = [next(count) for _ in operands]
     for number, operand in zip(first, operands, strict=True):

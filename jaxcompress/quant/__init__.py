@@ -58,6 +58,7 @@ from ._format import table as table
 from ._format import ternary as ternary
 from ._frame import round_weight as round_weight
 from ._frozen_ranges import frozen_ranges as frozen_ranges
+from ._fused_rotation import fuse_rotations as fuse_rotations
 from ._gptq import gptq_weight as gptq_weight
 from ._granularity import Block2D as Block2D
 from ._granularity import PerChannel as PerChannel
