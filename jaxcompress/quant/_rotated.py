@@ -154,8 +154,8 @@ def rotated_weight(
     References:
       Ashkboos et al., `QuaRot <https://arxiv.org/abs/2404.00456>`_, 2024, section 3
       (randomized Hadamard transforms). Differs: each weight's inputs are rotated where
-      it is used, so no rotation is fused into other weights; sizes that are not powers
-      of two get equal blocks, not Hadamard matrices of their own size.
+      it is used (`fuse_rotations` moves rotations into other weights); sizes that are
+      not powers of two get equal blocks, not Hadamard matrices of their own size.
     """
     who = f"rotated_weight to {fmt.name}"
     if fmt.activations is not None and fmt.activations.static:
