@@ -232,10 +232,10 @@ class QuantizedArray(Leaf):
                 self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )
         site = _matmul.Site.of(self, x, dimension_numbers, leaf_is_lhs)
-        if site is not None and _matmul.fits_int8(self):
+        if site is not None and _matmul.fits_int8(self, site):
             return _matmul.int8_dot(self, x, site, params)
         axes = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
-        x = self.prepare_activations(x, axes)
+        x = self.prepared(x, axes, () if site is None else site.batch)
         ran = dense_dot_general(
             self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
@@ -245,28 +245,47 @@ class QuantizedArray(Leaf):
         self, x: jax.Array, axes: tuple[int, ...] = (-1,)
     ) -> jax.Array:
         """Fake-quantize the other operand, a token being a slice along `axes`."""
+        return self.prepared(x, axes, ())
+
+    def prepared(
+        self, x: jax.Array, axes: tuple[int, ...], batch: Sequence[tuple[int, int]]
+    ) -> jax.Array:
+        """As `prepare_activations`, in a batched matmul.
+
+        Args:
+          x: The other operand.
+          axes: Its contracted axes.
+          batch: Its batch axes, each with the storage axis that goes with it.
+        """
         if self.activations is None:
             return x
-        scale, zero = self._static_scales(x.ndim)
+        scale, zero = (
+            self._along(a, x.ndim, batch)
+            for a in (self.activation_scale, self.activation_zero)
+        )
         return fake_quantize_activations(
             x, self.activations, axes=axes, scale=scale, zero=zero
         )
 
-    def _static_scales(self, ndim: int) -> tuple[Any, Any]:
-        """Calibrated scale and zero point, broadcastable against x; None if dynamic."""
-        if self.activation_scale is None:
-            return None, None
-        if self.activation_scale.size > 1:
+    def _along(
+        self, a: jax.Array | None, ndim: int, batch: Sequence[tuple[int, int]]
+    ) -> jax.Array | None:
+        """A calibrated number for each stack entry, to broadcast against x."""
+        if a is None:
+            return None
+        varying = {i for i, n in enumerate(a.shape) if n > 1}
+        pairs = sorted((axis, i) for axis, i in batch if i in varying)
+        if len(pairs) < len(varying):
             raise ValueError(
                 f"{self.label}: static activations with one scale a stack entry, of "
-                f"shape {self.activation_scale.shape}, need the stack sliced (scan "
-                "over the layers); a batched matmul needs dynamic activations."
+                f"shape {a.shape}, need the stack sliced (scan over the layers) or "
+                "batched with the activations; here use dynamic activations."
             )
-        ones = (1,) * ndim
-        zero = (
-            None if self.activation_zero is None else self.activation_zero.reshape(ones)
-        )
-        return self.activation_scale.reshape(ones), zero
+        ordered = jnp.moveaxis(a, [i for _, i in pairs], range(len(pairs)))
+        sizes = [1] * ndim
+        for axis, i in pairs:
+            sizes[axis] = a.shape[i]
+        return ordered.reshape(sizes)
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]

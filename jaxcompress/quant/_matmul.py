@@ -77,7 +77,7 @@ class Site(NamedTuple):
         )
 
 
-def fits_int8(leaf: QuantizedArray) -> bool:
+def fits_int8(leaf: QuantizedArray, site: Site) -> bool:
     """Whether both operands are symmetric integers, their scales outside the sum."""
     act = leaf.activations
     whole = isinstance(leaf.element, Ternary) or (
@@ -92,8 +92,14 @@ def fits_int8(leaf: QuantizedArray) -> bool:
         and isinstance(act.element, Integer)
         and act.element.symmetric
         and act.element.fraction == 0
-        and (not act.static or leaf.activation_scale.size == 1)  # type: ignore[union-attr]
+        and (not act.static or _batched(leaf.activation_scale, site))
     )
+
+
+def _batched(scale: Any, site: Site) -> bool:
+    """Whether a calibrated scale is one number, or one for each batch entry."""
+    batch = {s for _, s in site.batch}
+    return all(n == 1 or i in batch for i, n in enumerate(scale.shape))
 
 
 def _outside_the_sum(leaf: QuantizedArray) -> bool:
@@ -119,7 +125,7 @@ def int8_dot(
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         def reference(leaf: QuantizedArray, x: jax.Array) -> jax.Array:
-            x = leaf.prepare_activations(x, site.contract)
+            x = leaf.prepared(x, site.contract, site.batch)
             return dense_dot_general(
                 leaf, x, site.dimension_numbers, leaf_is_lhs=site.leaf_is_lhs, **params
             ).out
@@ -165,7 +171,10 @@ def _encoded(
     x = x.reshape(*x.shape[: x.ndim - n], -1)
     if act.static:
         assert leaf.activation_scale is not None
-        scale = leaf.activation_scale.reshape((1,) * x.ndim)
+        batch = tuple(s for _, s in site.batch)
+        scale = jnp.moveaxis(leaf.activation_scale, batch, range(len(batch)))
+        lead = scale.shape[: len(batch)]
+        scale = scale.reshape(*lead, *(1,) * (x.ndim - len(batch)))
     else:
         scale, _ = activation_scale(x, act, (x.ndim - 1,))
     codes = encode_activations(x, scale, None, act.element)

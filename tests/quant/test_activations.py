@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.quant._activations import fake_quantize_activations
 
@@ -177,6 +178,39 @@ def test_a_scale_for_each_layer_needs_the_stack_sliced() -> None:
     layer = jax.tree.map(lambda a: a[1], stack)
     expected = np.clip(np.rint(np.float64(x) / 2), -127, 127) * 2
     np.testing.assert_array_equal(prepare(layer, x, (-1,)), expected)
+
+
+@pytest.mark.parametrize("element", [INT8, UINT8], ids=["int8 dot", "fake-quantized"])
+@pytest.mark.parametrize("subscripts", ["eti,eio->eto", "tei,eio->teo", "eio,tei->eot"])
+def test_batched_experts_have_a_scale_each(element: Any, subscripts: str) -> None:
+    fmt = q.int8(activations=q.static(element), axes=-2)
+    scales, zeros = np.array([0.05, 0.5, 0.02]), np.array([100.0, 90.0, 128.0])
+    w = np.random.default_rng(4).normal(size=(3, *W.shape)).astype(np.float32)
+    x = np.random.default_rng(5).normal(size=(3, 4, len(W))).astype(np.float32)
+    zero = {} if element.symmetric else {"activation_zero": jnp.float32(zeros)}
+    low, high = (-127, 127) if element.symmetric else (-zeros, 255 - zeros)
+    low, high = (np.reshape(np.broadcast_to(a, 3), (3, 1, 1)) for a in (low, high))
+    s = scales[:, None, None]
+    first = subscripts.split(",")[0]
+    given = x if first == "eti" else x.swapaxes(0, 1)
+
+    def run(w: jax.Array, x: jax.Array) -> Any:
+        leaf = quantize(w, fmt, activation_scale=jnp.float32(scales), **zero)
+        operands = lambda w, x: (w, x) if first == "eio" else (x, w)
+        dot = jc.lift(lambda w, x: jnp.einsum(subscripts, *operands(w, x)))
+        out, pull = jax.vjp(lambda x: dot(leaf, x), x)
+        return out, pull(jnp.ones_like(out))[0], leaf.materialize()
+
+    out, gradient, dense = jax.jit(run)(w, given)
+    rounded = np.clip(np.rint(np.float64(x) / s), low, high)
+    expected = np.einsum("eti,eio->eto", rounded * s, np.float64(dense))
+    order = {"eto": (0, 1, 2), "teo": (1, 0, 2), "eot": (0, 2, 1)}
+    found = np.transpose(expected, order[subscripts[-3:]])
+    np.testing.assert_allclose(out, found, rtol=1e-4, atol=1e-4)
+    inside = (x / s >= low) & (x / s <= high)
+    slopes = inside * np.asarray(dense).sum(-1)[:, None]
+    slopes = slopes if first == "eti" else slopes.swapaxes(0, 1)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-3, atol=1e-3)
 
 
 def test_a_scheme_is_per_token_or_per_tensor() -> None:
