@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,8 +233,7 @@ def run(depth: int, bits: list[int], images: data.Images, options: Any) -> None:
     net = Net(depth, images, options.data_dir)
     methods = Methods(net, data.cifar10("train", options.data_dir).x)
     name = f"post_training_{depth}" + "_validation" * options.validate
-    report = resumed(name) if options.resume else Report(name, __doc__)
-    report.path = RESULTS / f"{name}.json"
+    report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
     rows = rows_with_activations(methods)
     for n in bits:
         rows |= rows_of(methods, n)
@@ -243,22 +241,12 @@ def run(depth: int, bits: list[int], images: data.Images, options: Any) -> None:
         rows |= rows_compared(methods, n)
     if options.quick:
         rows = {row: get for row, get in rows.items() if row[1] in QUICK}
-    done = {(row["model"], row["method"]) for row in report.rows}
-    if ("float", "") not in done:
+    if ("float", "") not in report:
         add(report, "float", "", net.scores(net.variables, net.apply))
         add(report, "float", "batch norm folded", folding(net, methods))
     for row, variables in rows.items():
-        if row not in done:
+        if row not in report:
             add(report, *row, net.scores(variables()))
-
-
-def resumed(name: str) -> Report:
-    """A report with the rows that are saved already."""
-    report = Report(name, __doc__)
-    path = RESULTS / f"{name}.json"
-    if path.exists():
-        report.rows = json.loads(path.read_text())["rows"]
-    return report
 
 
 def add(report: Report, grid: str, method: str, found: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,13 +172,13 @@ class Training:
         return jc.quant.recalibrate_batch_norm(self.train, packed, seen)
 
 
-def lsq_rows(training: Training, report: Report, done: set[Any], folder: Path) -> None:
+def lsq_rows(training: Training, report: Report, folder: Path) -> None:
     """From many bits to few, each from the last."""
     latent = training.net.variables
     for run in LSQ_RUNS:
         row = (f"W{run.bits}A{run.bits}", "LSQ, progressive")
         path = folder / f"{row[0]}.jc"
-        if row in done and path.exists():
+        if row in report and path.exists():
             latent = jc.io.load(path)
             continue
         latent, packed = training.learn("LSQ", run, latent)
@@ -188,11 +187,11 @@ def lsq_rows(training: Training, report: Report, done: set[Any], folder: Path) -
         report.add(*row, "", found.pop("score"), **found, **run._asdict())
 
 
-def estimator_rows(training: Training, report: Report, done: set[Any]) -> None:
+def estimator_rows(training: Training, report: Report) -> None:
     """All from the float net, each seed an order and cut of the images."""
     for run, name in itertools.product(ESTIMATOR_RUNS, ESTIMATORS):
         row = (f"W{run.bits}A{run.bits}", f"{name}, seed {run.seed}")
-        if row not in done:
+        if row not in report:
             _, packed = training.learn(name, run, training.net.variables)
             found = training.net.scores(packed)
             report.add(*row, "", found.pop("score"), **found, **run._asdict())
@@ -212,16 +211,12 @@ def main() -> None:
         images = data.Images(train.x[VALIDATION], train.y[VALIDATION])
     training = Training(Net(20, images, options.data_dir), train.x)
     name = "training" + "_validation" * options.validate
-    report = Report(name, __doc__)
-    report.path = RESULTS / f"{name}.json"
-    if options.resume and report.path.exists():
-        report.rows = json.loads(report.path.read_text())["rows"]
-    done = {(row["model"], row["method"]) for row in report.rows}
+    report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
     options.checkpoints.mkdir(parents=True, exist_ok=True)
     if options.only != "estimators":
-        lsq_rows(training, report, done, options.checkpoints)
+        lsq_rows(training, report, options.checkpoints)
     if options.only != "lsq":
-        estimator_rows(training, report, done)
+        estimator_rows(training, report)
 
 
 if __name__ == "__main__":
