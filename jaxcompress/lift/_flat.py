@@ -46,12 +46,14 @@ class FlatProgram:
         broadcasts, reshapes and casts.
       fixed: Variables that depend on parameters and constants only.
       users: Steps that read each variable.
+      makers: The step that gives each variable.
     """
 
     steps: tuple[Step, ...]
     params: dict[int, str]
     fixed: frozenset[int]
     users: dict[int, tuple[Step, ...]]
+    makers: dict[int, Step]
 
     def only_user(self, variable: int) -> Step | None:
         """The step that reads a variable, if there is just one."""
@@ -145,4 +147,5 @@ def flatten_program(
         named,
         frozenset(fixed),
         {k: tuple(v) for k, v in users.items()},
+        {i: step for step in steps for i in step.outs},
     )

@@ -150,7 +150,7 @@ def _follow(
     offsets: list[str] = []
     while True:
         step = program.only_user(at.variable)
-        if step is None or step.eqn is None or step.op == "scan":
+        if step is None or step.eqn is None or step.ins.count(at.variable) > 1:
             return None
         side = step.ins.index(at.variable)
         if step.op == "dot_general":
@@ -190,8 +190,8 @@ def _through(
     moved: tuple[int, int] | None = at.axis, at.size
     match step.op:
         case "add" | "sub":
-            if at.axis != len(shape) - 1 or added[-1:] != shape[-1:]:
-                moved = None
+            last = at.axis == len(shape) - 1 and added[-1:] == shape[-1:]
+            moved = moved if last and _ends_alike(program, step.ins[1 - side]) else None
         case "mul" | "div":
             other = step.ins[1 - side]
             scale = step.eqn.invars[1 - side].aval
@@ -212,6 +212,20 @@ def _through(
         case _:
             moved = None
     return None if moved is None else _Channels(step.outs[0], *moved)
+
+
+def _ends_alike(program: FlatProgram, variable: int | None) -> bool:
+    """Whether a moved parameter's last axis is still the parameter's own."""
+    while (step := program.makers.get(variable)) is not None and step.op in MOVES:  # type: ignore[arg-type]
+        before, after = (v.aval.shape for v in (step.eqn.invars[0], *step.eqn.outvars))
+        if before[-1:] != after[-1:]:
+            return False
+        if step.op == "broadcast_in_dim":
+            axes = step.eqn.params["broadcast_dimensions"]
+            if axes[-1] != len(after) - 1:
+                return False
+        variable = step.ins[0]
+    return True
 
 
 def _reshaped(

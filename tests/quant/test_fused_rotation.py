@@ -125,17 +125,42 @@ def shared(p: Any, x: jax.Array) -> jax.Array:
 
 
 def contracted_elsewhere(p: Any, x: jax.Array) -> jax.Array:
-    return jnp.einsum("btk,tk->bk", x @ p["v"], p["o"][:5])
+    return jnp.einsum("btk,tk->bk", x @ p["v"], p["o"])
 
 
 def batched(p: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("btk,sk->bts", (x @ p["v"]) * x[..., :1], p["o"])
 
 
-@pytest.mark.parametrize(
-    "fn", [unequal, used_twice, shared, contracted_elsewhere, batched]
-)
+def added_along_time(p: Any, x: jax.Array) -> jax.Array:
+    return (x @ p["v"] + p["b"][None, :, None]) @ p["o"]
+
+
+def squared(p: Any, x: jax.Array) -> jax.Array:
+    y = x[0] @ p["v"]
+    return (y @ y) @ p["o"]
+
+
+def handed_on(p: Any, x: jax.Array) -> jax.Array:
+    step = lambda y, w: (y @ w, None)
+    return jax.lax.scan(step, x @ p["v"], p["o"][None])[0]
+
+
+REFUSED = [
+    unequal,
+    used_twice,
+    shared,
+    contracted_elsewhere,
+    batched,
+    added_along_time,
+    squared,
+    handed_on,
+]
+
+
+@pytest.mark.parametrize("fn", REFUSED)
 def test_what_a_rotation_would_change_is_refused(fn: Any) -> None:
-    params = {"v": jnp.eye(WIDTH), "o": jnp.eye(WIDTH)}
+    params = {"v": jnp.eye(WIDTH), "o": jnp.eye(WIDTH), "b": jnp.ones(WIDTH)}
+    x = jnp.ones((2, WIDTH, WIDTH))
     with pytest.raises(ValueError, match="no weight's output reaches another"):
-        fuse_rotations(fn, params, X, key=KEY)
+        fuse_rotations(fn, params, x, key=KEY)
