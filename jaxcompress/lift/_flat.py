@@ -65,6 +65,26 @@ class FlatProgram:
         paths = [self.params[i] for i in step.ins if i in self.params]
         return paths[0] if paths else None
 
+    def offset(self, step: Step) -> str | None:
+        """Path of a parameter that a step adds or subtracts along the last axis."""
+        for variable in step.ins if step.op in ("add", "sub") else ():
+            if variable in self.params and self._ends_alike(variable):
+                return self.params[variable]
+        return None
+
+    def _ends_alike(self, variable: int | None) -> bool:
+        """Whether a moved parameter's last axis is still the parameter's own."""
+        while (step := self.makers.get(variable)) is not None:  # type: ignore[arg-type]
+            before, after = step.eqn.invars[0].aval, step.eqn.outvars[0].aval
+            if before.shape[-1:] != after.shape[-1:]:
+                return False
+            if step.op == "broadcast_in_dim":
+                axes = step.eqn.params["broadcast_dimensions"]
+                if axes[-1] != after.ndim - 1:
+                    return False
+            variable = step.ins[0]
+        return True
+
 
 def flatten_program(
     fn: Callable[..., Any], params: Any, *args: Any, who: str, scans: bool = False

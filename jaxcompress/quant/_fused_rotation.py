@@ -163,7 +163,7 @@ def _follow(
                 axis -= step.eqn.invars[1 - side].aval.ndim
                 block = at.size & -at.size
                 return Pair(first, tuple(offsets), second, axis, block)
-        path = program.param(step) if step.op in ("add", "sub") else None
+        path = program.offset(step)
         after = _through(program, step, side, at, shapes[path] if path else ())
         if after is None:
             return None
@@ -191,7 +191,7 @@ def _through(
     match step.op:
         case "add" | "sub":
             last = at.axis == len(shape) - 1 and added[-1:] == shape[-1:]
-            moved = moved if last and _ends_alike(program, step.ins[1 - side]) else None
+            moved = moved if last else None
         case "mul" | "div":
             other = step.ins[1 - side]
             scale = step.eqn.invars[1 - side].aval
@@ -212,20 +212,6 @@ def _through(
         case _:
             moved = None
     return None if moved is None else _Channels(step.outs[0], *moved)
-
-
-def _ends_alike(program: FlatProgram, variable: int | None) -> bool:
-    """Whether a moved parameter's last axis is still the parameter's own."""
-    while (step := program.makers.get(variable)) is not None and step.op in MOVES:  # type: ignore[arg-type]
-        before, after = (v.aval.shape for v in (step.eqn.invars[0], *step.eqn.outvars))
-        if before[-1:] != after[-1:]:
-            return False
-        if step.op == "broadcast_in_dim":
-            axes = step.eqn.params["broadcast_dimensions"]
-            if axes[-1] != len(after) - 1:
-                return False
-        variable = step.ins[0]
-    return True
 
 
 def _reshaped(

@@ -170,8 +170,8 @@ def _pairs(
         offsets: list[str] = []
         after = program.only_user(step.outs[0])
         while after is not None and id(after) not in kernels:
-            path = program.param(after)
-            if after.op in ("add", "sub") and path is not None:
+            path = program.offset(after)
+            if path is not None:
                 offsets.append(path)
             elif not _commutes(program, after):
                 break
@@ -234,10 +234,9 @@ def correct_bias(
     corrected = 0
     for step, kernel in _matmuls(program):
         after = program.only_user(step.outs[0])
-        path = None if after is None else program.param(after)
+        path = None if after is None else program.offset(after)
         if (
             after is None
-            or after.op not in ("add", "sub")
             or path is None
             or not isinstance(flat[kernel], Leaf)
             or axes[kernel].stack

@@ -57,8 +57,9 @@ def mse(*, steps: int = 40, shrink: float = 0.2) -> MSE:
     .. math:: \min_r \sum_i h_i\,(w_i - \hat w_i(r))^2,
         \quad r \in \{1, 1 - (1 - a)/n, \dots, a\}
 
-    for each block on its own, with :math:`h = 1` or the ``importance`` that `encode`
-    is given. With a zero point both ends shrink together, then the lower one alone,
+    for each block on its own, with :math:`h = 1`; where statistics of the inputs are
+    there (`round_weight` in a sweep, `awq_weight`), the error is that of the block's
+    outputs. With a zero point both ends shrink together, then the lower one alone,
     then the upper one. Scales that are powers of two are also tried doubled.
 
     Args:
