@@ -12,6 +12,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.quant import batch_norms, correct_bias, equalize, fold_batch_norm
+from tests.quant.wrapping import run
 
 
 class Net(nn.Module):
@@ -29,7 +30,7 @@ class Net(nn.Module):
 def net() -> Any:
     model, rng = Net(), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = run(model.init, jax.random.key(0), x)
     fill = lambda a: jnp.asarray(rng.uniform(0.5, 2.0, a.shape), jnp.float32)
     flat, structure = jc.tree.flatten(variables)
     kernels = {p: w for p, w in flat.items() if p.endswith("kernel")}
@@ -49,7 +50,8 @@ def test_every_norm_is_found_with_its_kernel(net: Any) -> None:
 def test_a_folded_norm_changes_nothing_and_is_the_formula(net: Any) -> None:
     apply, variables, x = net
     folded = fold_batch_norm(apply, variables, x)
-    np.testing.assert_allclose(apply(folded, x), apply(variables, x), rtol=1e-5)
+    found, expected = run(lambda *v: [apply(t, x) for t in v], folded, variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     flat = {p: np.float64(w) for p, w in jc.tree.flatten(variables)[0].items()}
     gain = flat["params/bn1/scale"] / np.sqrt(flat["batch_stats/bn1/var"] + 1e-5)
     np.testing.assert_allclose(
@@ -75,24 +77,28 @@ def test_equalized_layers_compute_the_same_from_equal_ranges(net: Any) -> None:
     folded["params"]["bn0"]["bias"] *= scale
     folded["params"]["conv1"]["kernel"] /= scale.reshape(1, 1, 8, 1)
     even = equalize(apply, folded, x)
-    np.testing.assert_allclose(apply(even, x), apply(folded, x), rtol=2e-4)
+    found, expected = run(lambda *v: [apply(t, x) for t in v], even, folded)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
     out = jnp.abs(even["params"]["conv0"]["kernel"]).max((0, 1, 2))
     into = jnp.abs(even["params"]["conv1"]["kernel"]).max((0, 1, 3))
     np.testing.assert_allclose(out, into, rtol=1e-3)
     rules = {"**/conv*/kernel": jc.quant.int8(granularity=jc.quant.PerTensor())}
 
-    def error(variables: Any) -> float:
-        packed = jc.compress(variables, rules, fn=apply, example=x)
-        return float(jnp.square(apply(jc.materialize(packed), x) - expected).mean())
+    def errors(*trees: Any) -> list[jax.Array]:
+        expected = apply(trees[0], x)
+        packed = [jc.compress(t, rules, fn=apply, example=x) for t in trees]
+        outputs = [apply(jc.materialize(p), x) for p in packed]
+        return [jnp.square(y - expected).mean() for y in outputs]
 
-    expected = apply(folded, x)
-    assert error(even) < 0.1 * error(folded)
+    uneven, evened = run(errors, folded, even)
+    assert evened < 0.1 * uneven
 
 
 def test_corrected_biases_take_out_the_mean_error(net: Any) -> None:
     apply, variables, x = net
     rules = {"params/**/kernel": jc.quant.int3()}
-    packed = jc.compress(variables, rules, fn=apply, example=x)
+    compress = lambda v: jc.compress(v, rules, fn=apply, example=x)
+    packed = run(compress, variables)
     corrected = correct_bias(apply, variables, packed, [x])
     stats = jc.calibrate(apply, variables, [x])
     kernel = variables["params"]["head"]["kernel"]
@@ -103,12 +109,13 @@ def test_corrected_biases_take_out_the_mean_error(net: Any) -> None:
         rtol=1e-5,
         atol=1e-6,
     )
-    expected = apply(variables, x)
-    error = [
-        float(jnp.square(jc.lift(apply)(p, x) - expected).mean())
-        for p in (packed, corrected)
-    ]
-    assert error[1] < 0.5 * error[0]
+
+    def errors(*trees: Any) -> list[jax.Array]:
+        expected = apply(variables, x)
+        return [jnp.square(jc.lift(apply)(t, x) - expected).mean() for t in trees]
+
+    before, after = run(errors, packed, corrected)
+    assert after < 0.5 * before
 
 
 def test_nothing_to_do_is_an_error() -> None:

@@ -17,6 +17,7 @@ import jaxcompress as jc
 from jaxcompress import quant
 from jaxcompress.lift import Layer
 from tests.lift.programs import mesh
+from tests.quant.wrapping import run
 
 
 class Net(nn.Module):
@@ -41,7 +42,7 @@ class Net(nn.Module):
 def net() -> Any:
     model, rng = Net(), np.random.default_rng(0)
     batches = [jnp.asarray(rng.integers(0, 32, (8, 16)), jnp.int32) for _ in range(2)]
-    params = model.init(jax.random.key(0), batches[0])
+    params = run(model.init, jax.random.key(0), batches[0])
     # Some channels of the layer norms are loud.
     gain = jnp.where(jnp.arange(16) % 8 == 3, 20.0, 1.0)
     loud = lambda a: a * jnp.broadcast_to(gain, a.shape)
@@ -56,39 +57,50 @@ W8A8 = {"**/kernel": jc.presets.W8A8}
 
 def error(net: Any, packed: Any) -> float:
     apply, params, batches = net
-    expected = apply(params, batches[0])
-    off = jc.lift(apply)(packed, batches[0]) - expected
-    return float(jnp.square(off).mean() / jnp.square(expected).mean())
+
+    def relative(params: Any, packed: Any, x: jax.Array) -> jax.Array:
+        expected = apply(params, x)
+        off = jc.lift(apply)(packed, x) - expected
+        return jnp.square(off).mean() / jnp.square(expected).mean()
+
+    return float(run(relative, params, packed, batches[0]))
 
 
-ROUNDED = functools.partial(quant.post_training, core=quant.round_weight)
+@pytest.fixture(scope="module")
+def rounded(net: Any) -> Any:
+    """Errors by rounding, of the weights alone and with activations."""
+    rounding = functools.partial(quant.post_training, core=quant.round_weight)
+    return {
+        name: error(net, rounding(*net, rules=rules))
+        for name, rules in (("weights", RULES), ("activations", W8A8))
+    }
 
 
 @pytest.mark.parametrize(
-    ("method", "rules", "factor"),
+    ("method", "what", "factor"),
     [
-        (functools.partial(quant.gptq, reference=True), RULES, 0.4),
+        (functools.partial(quant.gptq, reference=True), "weights", 0.4),
         pytest.param(
             functools.partial(quant.adaround, iterations=200),
-            RULES,
+            "weights",
             0.8,
             marks=pytest.mark.slow,
         ),
-        (quant.awq, RULES, 0.8),
+        (quant.awq, "weights", 0.8),
         pytest.param(
             functools.partial(quant.awq, base=quant.gptq_weight),
-            RULES,
+            "weights",
             0.6,
             marks=pytest.mark.slow,
         ),
-        (quant.smoothquant, W8A8, 0.8),
+        (quant.smoothquant, "activations", 0.8),
     ],
 )
 def test_every_algorithm_beats_rounding(
-    net: Any, method: Any, rules: Any, factor: float
+    net: Any, rounded: Any, method: Any, what: str, factor: float
 ) -> None:
-    packed = method(*net, rules=rules)
-    assert error(net, packed) < factor * error(net, ROUNDED(*net, rules=rules))
+    packed = method(*net, rules=RULES if what == "weights" else W8A8)
+    assert error(net, packed) < factor * rounded[what]
 
 
 def test_static_activations_take_their_scale_from_the_sweep(net: Any) -> None:
@@ -106,8 +118,8 @@ def by_gptq(net: Any) -> tuple[Any, list[Layer]]:
     return quant.gptq(*net, rules=RULES, on_layer=layers.append), layers
 
 
-def test_gptq_beats_rounding(net: Any, by_gptq: Any) -> None:
-    assert error(net, by_gptq[0]) < 0.6 * error(net, ROUNDED(*net, rules=RULES))
+def test_gptq_beats_rounding(net: Any, rounded: Any, by_gptq: Any) -> None:
+    assert error(net, by_gptq[0]) < 0.6 * rounded["weights"]
 
 
 def test_sharded_batches_give_the_same_codes(net: Any, by_gptq: Any) -> None:
