@@ -46,19 +46,24 @@ class FlatProgram:
         broadcasts, reshapes and casts.
       fixed: Variables that depend on parameters and constants only.
       users: Steps that read each variable.
-      makers: The step that gives each variable.
+      aligned: Those of `params` whose last axis is the parameter's own.
     """
 
     steps: tuple[Step, ...]
     params: dict[int, str]
     fixed: frozenset[int]
     users: dict[int, tuple[Step, ...]]
-    makers: dict[int, Step]
+    aligned: frozenset[int]
 
     def only_user(self, variable: int) -> Step | None:
         """The step that reads a variable, if there is just one."""
         users = self.users.get(variable, ())
         return users[0] if len(users) == 1 else None
+
+    def operand(self, step: Step, side: int) -> str | None:
+        """Path of the parameter that is one of a step's operands, if it is one."""
+        variable = step.ins[side]
+        return None if variable is None else self.params.get(variable)
 
     def param(self, step: Step) -> str | None:
         """Path of the parameter among a step's operands, if there is one."""
@@ -67,23 +72,16 @@ class FlatProgram:
 
     def offset(self, step: Step) -> str | None:
         """Path of a parameter that a step adds or subtracts along the last axis."""
-        for variable in step.ins if step.op in ("add", "sub") else ():
-            if variable in self.params and self._ends_alike(variable):
-                return self.params[variable]
-        return None
+        operands = step.ins if step.op in ("add", "sub") else ()
+        return next((self.params[i] for i in operands if i in self.aligned), None)
 
-    def _ends_alike(self, variable: int | None) -> bool:
-        """Whether a moved parameter's last axis is still the parameter's own."""
-        while (step := self.makers.get(variable)) is not None:  # type: ignore[arg-type]
-            before, after = step.eqn.invars[0].aval, step.eqn.outvars[0].aval
-            if before.shape[-1:] != after.shape[-1:]:
-                return False
-            if step.op == "broadcast_in_dim":
-                axes = step.eqn.params["broadcast_dimensions"]
-                if axes[-1] != after.ndim - 1:
-                    return False
-            variable = step.ins[0]
-        return True
+
+def _keeps_last_axis(eqn: Any) -> bool:
+    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+    if before.shape[-1:] != after.shape[-1:]:
+        return False
+    placed = eqn.params.get("broadcast_dimensions") or (after.ndim - 1,)
+    return placed[-1] == after.ndim - 1
 
 
 def flatten_program(
@@ -105,6 +103,7 @@ def flatten_program(
     steps: list[Step] = []
     named: dict[int, str] = {}
     fixed: set[int] = set()
+    aligned: set[int] = set()
     count = iter(range(10**9))
 
     def enter(jaxpr: Any, ins: list[int | None]) -> list[int | None]:
@@ -127,6 +126,8 @@ def flatten_program(
             env.update(zip(eqn.outvars, outs, strict=True))
             if eqn.primitive.name in MOVES and values[0] in named:
                 named[outs[0]] = named[values[0]]
+                if values[0] in aligned and _keeps_last_axis(eqn):
+                    aligned.add(outs[0])
             if all(i is None or i in fixed for i in values):
                 fixed.update(outs)
             steps.append(Step(eqn.primitive.name, tuple(values), tuple(outs), eqn))
@@ -137,9 +138,13 @@ def flatten_program(
         n_consts, n_carry = _compat.scan_counts(eqn.params)
         split = n_consts + n_carry
         inside = [next(count) for _ in ins[n_consts:]]
-        for x, part in zip(ins[split:], inside[n_carry:], strict=True):
+        for v, x, part in zip(
+            eqn.invars[split:], ins[split:], inside[n_carry:], strict=True
+        ):
             if x in named:
                 named[part] = named[x]
+                if x in aligned and v.aval.ndim > 1:
+                    aligned.add(part)
             if x is None or x in fixed:
                 fixed.add(part)
         results = enter(eqn.params["jaxpr"], [*ins[:n_consts], *inside])
@@ -154,6 +159,7 @@ def flatten_program(
         if isinstance(operand, Tracked):
             named[number] = operand.path
             fixed.add(number)
+            aligned.add(number)
     results = enter(trace.jaxpr, list(first))
     users: dict[int, list[Step]] = {}
     for step in steps:
@@ -167,5 +173,5 @@ def flatten_program(
         named,
         frozenset(fixed),
         {k: tuple(v) for k, v in users.items()},
-        {i: step for step in steps for i in step.outs},
+        frozenset(aligned),
     )

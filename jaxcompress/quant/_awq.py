@@ -148,8 +148,9 @@ def _share_of_block(
     a: jax.Array, frame: Frame, fmt: NumberFormat, path: str
 ) -> jax.Array:
     """Mean magnitude of each input's weights over the largest of their blocks."""
-    grid = Grid.of(frame.weight(a), fmt, axes=frame.roles, path=path, check=False)
-    blocks, flat = grid.blocks, jnp.abs(grid.flatten(frame.weight(a)))
+    w = frame.weight(a)
+    grid = Grid.of(w, fmt, axes=frame.roles, path=path, check=False)
+    blocks, flat = grid.blocks, jnp.abs(grid.flatten(w))
     largest = blocks.reduce(jnp.max, flat)
     parts, _ = split_blocks(flat, blocks.counts)
     share = parts / spread(jnp.where(largest > 0, largest, 1.0), flat.shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcompress.layout import Axes
 from jaxcompress.leaf import Leaf
@@ -43,8 +44,8 @@ def kv_cache(
         channels that are large in every token, and then share their scale with small
         ones. Of `shape`, or with ones in it; at least where tokens differ. Taken off
         before rounding and added to what is read.
-      deviation: Of each channel about its mean, likewise, positive: divided by before
-        rounding.
+      deviation: Of each channel about its mean, likewise: divided by before rounding;
+        zero, of a channel that never varied, counts as one.
 
     Returns:
       A leaf of zeros (with a `mean`, of means). What is written reads back as
@@ -54,7 +55,8 @@ def kv_cache(
     Raises:
       ValueError: If `shape` is empty, a group does not divide the last axis, or the
         format has other blocks, stochastic or truncating rounding, or static
-        activations; if `mean` or `deviation` does not fit the shape.
+        activations; if `mean` or `deviation` does not fit the shape, is not finite or,
+        the latter, negative.
 
     Examples:
       >>> import jaxcompress as jc
@@ -76,7 +78,7 @@ def kv_cache(
     _check(shape, fmt)
     for name, side in (("mean", mean), ("deviation", deviation)):
         if side is not None:
-            _check_side(name, jnp.shape(side), shape)
+            _check_side(name, jnp.asarray(side), shape)
     fmt = fmt.replace(axes=None)
     one = jnp.zeros((1,) * (len(shape) - 1) + shape[-1:], dtype)
     vector = encode(one, fmt, axes=_roles(one.ndim), path="kv_cache").pack()
@@ -89,9 +91,14 @@ def kv_cache(
     return NormalizedArray(
         inner=cache,
         mean=jnp.zeros(ones) if mean is None else jnp.float32(mean),
-        deviation=jnp.ones(ones) if deviation is None else jnp.float32(deviation),
+        deviation=jnp.ones(ones) if deviation is None else _varying(deviation),
         layout=cache.layout,
     )
+
+
+def _varying(deviation: jax.Array) -> jax.Array:
+    deviation = jnp.asarray(deviation, jnp.float32)
+    return jnp.where(deviation > 0, deviation, 1.0)
 
 
 def _roles(ndim: int) -> Axes:
@@ -120,13 +127,24 @@ def _check(shape: tuple[int, ...], fmt: NumberFormat) -> None:
         )
 
 
-def _check_side(name: str, sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _check_side(name: str, side: jax.Array, shape: tuple[int, ...]) -> None:
+    sizes = side.shape
     fits = len(sizes) == len(shape) and sizes[-1] == shape[-1]
     if not fits or any(n not in (1, m) for n, m in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"kv_cache: {name} must have the shape of the cache, {shape}, or ones in "
             f"it, but along the last axis; got {sizes}. Take it over tokens with "
             "keepdims=True."
+        )
+    if isinstance(side, Tracer):
+        return
+    low, rule = (
+        (-jnp.inf, "finite") if name == "mean" else (0.0, "finite, not negative")
+    )
+    if not bool((jnp.isfinite(side) & (side >= low)).all()):
+        raise ValueError(
+            f"kv_cache: {name} must be {rule}; got {side.min()} to {side.max()}. Look "
+            "at the tokens it was taken over."
         )
 
 

@@ -127,7 +127,7 @@ def round_weight(
     """
     scale = zero = importance = None
     if stats is not None:
-        importance = stats.total_square if stats.gram is None else stats.gram
+        importance = moments(stats)
         if fmt.activations is not None and fmt.activations.static:
             scale, zero = static_range(stats, fmt.activations)
     leaf = encode(
@@ -140,6 +140,15 @@ def round_weight(
         importance=importance,
     )
     return leaf.pack()
+
+
+def moments(stats: Statistics) -> jax.Array:
+    """What errors count for: second moments; without data every input alike."""
+    none = stats.total_square.max(-1, keepdims=True) == 0
+    if stats.gram is None:
+        return jnp.where(none, 1.0, stats.total_square)
+    k = stats.gram.shape[-1]
+    return jnp.where(none[..., None], jnp.eye(k, dtype=jnp.float32), stats.gram)
 
 
 def static_range(

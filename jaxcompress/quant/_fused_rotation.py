@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import tree
+from jaxcompress.leaf import Leaf
 from jaxcompress.lift._flat import MOVES, FlatProgram, Step, flatten_program
 from jaxcompress.quant._rotated import hadamard
 
@@ -66,6 +67,7 @@ def fuse_rotations(
 
     Raises:
       ValueError: If no two weights are so connected.
+      TypeError: If one of them is compressed already.
 
     Examples:
       >>> import jaxcompress as jc
@@ -90,12 +92,23 @@ def fuse_rotations(
             "alone; rotate the inputs where they are used (quant.rotated_weight)."
         )
     flat, structure = tree.flatten(params)
+    for pair in pairs:
+        for path in (pair.first, *pair.offsets, pair.second):
+            _check(path, flat[path])
     for pair, own in zip(pairs, jax.random.split(key, len(pairs)), strict=True):
         signs = jax.random.rademacher(own, (pair.block,), jnp.float32)
         for path in (pair.first, *pair.offsets):
             flat[path] = _rotated(flat[path], -1, signs)
         flat[pair.second] = _rotated(flat[pair.second], pair.axis, signs)
     return tree.unflatten(structure, flat)
+
+
+def _check(path: str, w: Any) -> None:
+    if isinstance(w, Leaf):
+        raise TypeError(
+            f"fuse_rotations: {path} must be an array; got {w!r}. Rotate first, then "
+            "compress."
+        )
 
 
 def _rotated(w: jax.Array, axis: int, signs: jax.Array) -> jax.Array:
@@ -139,7 +152,7 @@ def _follow(
     program: FlatProgram, shapes: dict[str, tuple[int, ...]], start: Step
 ) -> Pair | None:
     """From a matmul with a weight on its right to the next, if nothing forbids it."""
-    first = program.params.get(start.ins[1]) if start.op == "dot_general" else None  # type: ignore[arg-type]
+    first = program.operand(start, 1) if start.op == "dot_general" else None
     if first is None or not _whole(start, 1, shapes[first]):
         return None
     ndim = start.eqn.invars[1].aval.ndim
@@ -154,7 +167,7 @@ def _follow(
             return None
         side = step.ins.index(at.variable)
         if step.op == "dot_general":
-            second = program.params.get(step.ins[1 - side])  # type: ignore[arg-type]
+            second = program.operand(step, 1 - side)
             contract, _ = step.eqn.params["dimension_numbers"]
             if second is not None and at.axis in contract[side]:
                 if not _whole(step, 1 - side, shapes[second]):

@@ -104,7 +104,7 @@ def _moved_by(
     """A weight's error times the moments of its inputs, those of its own block."""
     if importance is None:
         return lambda delta: delta
-    flat = blocks.flat
+    flat, importance = blocks.flat, importance.astype(jnp.float32)
     if importance.ndim == flat.stack + 1:
         dims = [1] * len(blocks.counts)
         dims[: flat.stack], dims[flat.position] = flat.shape[: flat.stack], flat.k
@@ -115,9 +115,10 @@ def _moved_by(
     own = jnp.moveaxis(jnp.diagonal(split, axis1=-4, axis2=-2), -1, -3)
 
     def moved(delta: jax.Array) -> jax.Array:
-        rows = flat.to_storage(delta).reshape(*stack, -1, groups, k // groups)
+        stored = flat.to_storage(delta)
+        rows = stored.reshape(*stack, -1, groups, k // groups)
         product = jnp.einsum("...ngi,...gij->...ngj", rows, own, precision="highest")
-        return flat.from_storage(product.reshape(flat.to_storage(delta).shape))
+        return flat.from_storage(product.reshape(stored.shape))
 
     return moved
 

@@ -100,7 +100,8 @@ def test_each_entry_of_a_stack_is_searched_alone_and_without_data_rounded() -> N
         stats = statistics(x, weights=rows, gram=True)
         stack = q.awq_weight(w, fmt, stats, axes=-2, **options)
         alone = q.awq_weight(w[1], fmt, statistics(x[1], gram=True), **options)
-        return stack, jc.materialize([stack, alone, q.quantize(w[2], fmt)])
+        plain = q.quantize(w[2], fmt.replace(search=options["clipping"]))
+        return stack, jc.materialize([stack, alone, plain])
 
     rows = jnp.ones(x.shape[:2]).at[2].set(0)
     stack, (found, alone, plain) = run(fn, w, x, rows)

@@ -277,6 +277,20 @@ def test_sides_of_another_shape_are_refused(name: str) -> None:
         q.kv_cache(SHAPE, q.int8(), **{name: jnp.ones((1, LENGTH + 1, 1, DIM))})
 
 
+def test_a_channel_that_never_varied_is_written_as_it_is() -> None:
+    deviation = jnp.ones((1, 1, 1, DIM)).at[..., 5].set(0.0)
+    cache = q.kv_cache(SHAPE, q.int8(), deviation=deviation)
+    new = draw(2, BATCH, HEADS, DIM)
+    after = jax.jit(jc.lift(lambda c, u: c.at[:, 4].set(u)))(cache, new)
+    np.testing.assert_array_equal(read(after)[:, 4], read(pack(new, q.int8())))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_deviations_that_are_none_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="deviation must be finite, not negative"):
+        q.kv_cache(SHAPE, q.int8(), deviation=jnp.full((1, 1, 1, DIM), wrong))
+
+
 def test_scattering_part_of_a_vector_turns_dense() -> None:
     cache = pack(draw(0, *SHAPE), q.int8())
     part = draw(1, BATCH, LENGTH, HEADS, 3)

@@ -136,6 +136,12 @@ def added_along_time(p: Any, x: jax.Array) -> jax.Array:
     return (x @ p["v"] + p["b"][None, :, None]) @ p["o"]
 
 
+def moved_then_scanned(p: Any, x: jax.Array) -> jax.Array:
+    step = lambda y, b: ((y @ p["v"] + b[None]) @ p["o"], None)
+    along_time = jnp.broadcast_to(p["b"][:, None], (1, WIDTH, WIDTH))
+    return jax.lax.scan(step, x, along_time)[0]
+
+
 def squared(p: Any, x: jax.Array) -> jax.Array:
     y = x[0] @ p["v"]
     return (y @ y) @ p["o"]
@@ -153,6 +159,7 @@ REFUSED = [
     contracted_elsewhere,
     batched,
     added_along_time,
+    moved_then_scanned,
     squared,
     handed_on,
 ]
@@ -164,3 +171,9 @@ def test_what_a_rotation_would_change_is_refused(fn: Any) -> None:
     x = jnp.ones((2, WIDTH, WIDTH))
     with pytest.raises(ValueError, match="no weight's output reaches another"):
         fuse_rotations(fn, params, x, key=KEY)
+
+
+def test_a_compressed_weight_is_refused_by_path() -> None:
+    params = {"v": jc.quant.quantize(jnp.eye(WIDTH), jc.quant.int8()), "o": jnp.eye(16)}
+    with pytest.raises(TypeError, match=r"v must be an array.*Rotate first"):
+        fuse_rotations(lambda p, x: (x @ p["v"]) @ p["o"], params, X, key=KEY)

@@ -10,6 +10,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import quant as q
+from jaxcompress.lift import statistics
 from jaxcompress.quant._quantize import encode
 
 quantize = jax.jit(q.quantize, static_argnames=("fmt", "axes"))
@@ -174,6 +175,22 @@ def test_moments_of_the_inputs_weigh_errors_of_a_blocks_outputs(fmt: Any) -> Non
     assert by_outputs.sum() < 0.98 * by_inputs.sum()
     only = np.eye(32, dtype=np.float32) * diagonal[:, None]
     np.testing.assert_array_equal(run(w, only), run(w, diagonal))
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_an_expert_that_saw_nothing_has_the_range_of_its_weights(gram: bool) -> None:
+    w, fmt = gaussian(7, 2, 32, 3), q.int3(search=q.mse(), axes=-2)
+    w[1, 3, 1] = 6.0
+    x, rows = gaussian(8, 2, 16, 32), np.array([[1.0], [0.0]], np.float32)
+
+    def run(w: Any, x: Any) -> Any:
+        stats = statistics(x, weights=np.broadcast_to(rows, (2, 16)), gram=gram)
+        leaves = q.round_weight(w, fmt, stats), q.quantize(w, fmt)
+        return [leaf.materialize() for leaf in leaves]
+
+    found, plain = map(np.asarray, jax.jit(run)(w, x))
+    np.testing.assert_array_equal(found[1], plain[1])
+    assert (found[0] != plain[0]).any()
 
 
 # -- percentile
