@@ -32,7 +32,7 @@ else
 endif
 
 coverage: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -n 2 --cov=jaxcompress --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest -n 2 --cov=jaxcompress --cov=kernels_pallas --cov-report=term-missing:skip-covered
 
 slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow

@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from jaxcompress import packing
+from kernels_pallas import packing
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,

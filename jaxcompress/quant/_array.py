@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxcompress import packing
+from kernels_pallas import packing
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,

@@ -22,6 +22,7 @@ from jaxcompress.quant._rounding import (
     power_of_two,
     round_to_integer,
 )
+from kernels_pallas import formats
 
 
 @static_type
@@ -326,28 +327,7 @@ E2M1 = Minifloat(exponent=2, mantissa=1)
 E3M2 = Minifloat(exponent=3, mantissa=2)
 E2M3 = Minifloat(exponent=2, mantissa=3)
 
-NF4 = Table(
-    name="nf4",
-    values=(
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-)
-"""Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023, appendix E."""
+NF4 = Table(name=formats.NF4.name, values=formats.NF4.values)
 
 
 def logarithmic(bits: int) -> Table:

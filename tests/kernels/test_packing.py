@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress import packing
+from kernels_pallas import packing
 
 BITS = range(1, 9)
 COUNTS = (1, 13, 16)
