@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,22 @@ class Table:
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """float32 values of uint8 codes."""
-        return jnp.asarray(self.values, jnp.float32)[
-            codes & jnp.uint8(2**self.bits - 1)
-        ]
+        codes = codes & jnp.uint8(2**self.bits - 1)
+        if len(self.values) > 16:
+            return jnp.asarray(self.values, jnp.float32)[codes]
+        return self._select(codes)
+
+    def _select(self, codes: jax.Array) -> jax.Array:
+        """A tree of selects, bit by bit: a CPU has vectors for them, none to gather."""
+        values: list[Any] = [np.float32(v) for v in self.values]
+        for bit in range(self.bits):
+            odd = (codes >> jnp.uint8(bit)) & jnp.uint8(1) != 0
+            values += values[-1:] * (len(values) % 2)
+            values = [
+                jnp.where(odd, b, a)
+                for a, b in zip(values[::2], values[1::2], strict=True)
+            ]
+        return values[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +83,17 @@ class Float8:
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """float32 values of uint8 codes."""
-        values = jax.lax.bitcast_convert_type(codes, jnp.dtype(self.dtype))
-        return values.astype(jnp.float32)
+        half = codes.astype(jnp.uint16)
+        if self.dtype == "float8_e5m2":
+            return _float16(half << 8).astype(jnp.float32)
+        # A float16 has four more exponent values below; the last code is NaN in both.
+        magnitude = half & 0x7F
+        value = _float16((half & 0x80) << 8 | magnitude << 7).astype(jnp.float32) * 256
+        return jnp.where(magnitude == 0x7F, jnp.nan, value)
+
+
+def _float16(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float16)
 
 
 Format = Integer | Table | Float8

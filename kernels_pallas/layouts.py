@@ -53,8 +53,29 @@ class Layout:
     tile_k: int = 1
     tile_n: int = 1
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the words."""
+        return jnp.dtype(jnp.int32 if self.name == "tpu" else jnp.uint8)
+
+    def sizes(self, scale: tuple[int, ...]) -> tuple[int, int]:
+        """Outputs and groups that a scale of this shape has, padding included."""
+        a, b = scale[-2:]
+        return (a, b) if self.name == "portable" else (b, a)
+
+    def words_shape(self, n: int, k: int, groups: int, fmt: Format) -> tuple[int, int]:
+        """Shape of the words of a weight ``[n, k]``."""
+        rows, columns = self.padded(n, k, groups)
+        if self.name == "portable":
+            return rows, packing.packed_length(columns, bits=fmt.bits)
+        if self.name == "tpu":
+            return columns * width(fmt) // 32, rows
+        return rows, columns * width(fmt) // 8
+
     def padded(self, n: int, k: int, groups: int) -> tuple[int, int]:
         """``(N', K')`` of a weight ``[n, k]`` in `groups` groups."""
+        if self.name == "portable":
+            return n, k
         unit = math.lcm(self.tile_k, k // groups if groups > 1 else 1)
         return _up(n, self.tile_n), _up(k, unit)
 

@@ -78,18 +78,44 @@ def unpack(words: jax.Array, *, bits: int, count: int) -> jax.Array:
         )
     if bits == 8:
         return words[..., :count]
+    codes = jnp.stack(planes(words, bits=bits, count=count), axis=-1)
+    return codes.reshape(*codes.shape[:-2], -1)[..., :count]
+
+
+def planes(words: jax.Array, *, bits: int, count: int) -> list[jax.Array]:
+    """The codes of a packed stream by their place in its period.
+
+    Args:
+      words: ``uint8[..., bytes]``.
+      bits: Bits a code, 1 to 8. Static.
+      count: Codes to read. Static.
+
+    Returns:
+      `period` arrays ``uint8[..., ceil(count / period)]``: plane ``i`` holds codes
+      ``i``, ``i + period`` and so on; what lies past the stream is zero.
+
+    Examples:
+      >>> [p.tolist() for p in planes(jnp.array([33, 15], jnp.uint8), bits=4, count=3)]
+      [[1, 15], [2, 0]]
+    """
     per, span = _period(bits)
-    *lead, n = words.shape
-    words = jnp.pad(words, [(0, 0)] * len(lead) + [(0, -n % span)])
-    words = words.reshape(*lead, -1, span)
+    length = -(-count // per)
+    missing = max(0, length * span - words.shape[-1])
+    words = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, missing)])
+    parts = [words[..., i : length * span : span] for i in range(span)]
     codes = []
     for i in range(per):
         byte, shift = divmod(i * bits, 8)
-        code = words[..., byte] >> jnp.uint8(shift)
+        code = parts[byte] >> jnp.uint8(shift)
         if shift + bits > 8:
-            code |= words[..., byte + 1] << jnp.uint8(8 - shift)
+            code |= parts[byte + 1] << jnp.uint8(8 - shift)
         codes.append(code & jnp.uint8(2**bits - 1))
-    return jnp.stack(codes, axis=-1).reshape(*lead, -1)[..., :count]
+    return codes
+
+
+def period(bits: int) -> int:
+    """Codes after which the stream begins a byte again."""
+    return _period(bits)[0]
 
 
 def _period(bits: int) -> tuple[int, int]:

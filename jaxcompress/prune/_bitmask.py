@@ -18,7 +18,6 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from kernels_pallas import packing
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,
@@ -32,6 +31,7 @@ from jaxcompress.leaf import (
     static,
 )
 from jaxcompress.prune._masked import MaskedArray
+from kernels_pallas import packing
 
 
 @leaf_type

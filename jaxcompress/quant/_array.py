@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from kernels_pallas import packing
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,
@@ -31,6 +30,7 @@ from jaxcompress.quant._activations import Activations, fake_quantize_activation
 from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
 from jaxcompress.quant._rounding import power_of_two
+from kernels_pallas import packing
 
 
 @leaf_type
