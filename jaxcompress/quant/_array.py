@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from jaxcompress.leaf import (
     relayout_array,
     static,
 )
-from jaxcompress.quant import _matmul
+from jaxcompress.quant import _matmul, _weight_only
 from jaxcompress.quant._activations import Activations, fake_quantize_activations
 from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
@@ -84,8 +85,8 @@ class QuantizedArray(Leaf):
 
     @property
     def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """Whether activations are quantized too."""
-        return self.activations is not None
+        """Whether activations are quantized too, or a kernel dequantizes."""
+        return self.activations is not None or _weight_only.has_kernel(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -226,31 +227,37 @@ class QuantizedArray(Leaf):
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
-        """Weight-only: dequantize. With activations: integers if all allow it."""
-        if self.activations is None:
-            return dense_dot_general(
-                self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-            )
+        """By a kernel, if for weights alone; with activations by integers that fit."""
+        dense = functools.partial(
+            dense_dot_general,
+            self,
+            dimension_numbers=dimension_numbers,
+            leaf_is_lhs=leaf_is_lhs,
+            **params,
+        )
+        if not self.has_own_matmul:
+            return dense(x)
         site = _matmul.Site.of(self, x, dimension_numbers, leaf_is_lhs)
-        if site is not None and _matmul.fits_int8(self, site):
+        if self.activations is None:
+            if site is None or not jnp.issubdtype(x.dtype, jnp.floating):
+                return dense(x)
+            dtype = params.get("preferred_element_type")
+            dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+            return _weight_only.weight_only_dot(self, x, site, dtype)
+        if site is not None and _matmul.fits_int8(self):
             return _matmul.int8_dot(self, x, site, params)
         axes = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
-        x = self.prepared(x, axes, () if site is None else site.batch)
-        ran = dense_dot_general(
-            self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-        )
+        batch = () if site is None else site.batch
+        ran = dense(self.prepare_activations(x, axes, batch))
         return Ran(ran.out, "fake-quantized dot")
 
     def prepare_activations(
-        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...] = (-1,),
+        batch: Sequence[tuple[int, int]] = (),
     ) -> jax.Array:
-        """Fake-quantize the other operand, a token being a slice along `axes`."""
-        return self.prepared(x, axes, ())
-
-    def prepared(
-        self, x: jax.Array, axes: tuple[int, ...], batch: Sequence[tuple[int, int]]
-    ) -> jax.Array:
-        """As `prepare_activations`, in a batched matmul.
+        """Fake-quantize the other operand, a token being a slice along `axes`.
 
         Args:
           x: The other operand.
@@ -259,20 +266,24 @@ class QuantizedArray(Leaf):
         """
         if self.activations is None:
             return x
+        given = (self.activation_scale, self.activation_zero)
         scale, zero = (
-            self._along(a, x.ndim, batch)
-            for a in (self.activation_scale, self.activation_zero)
+            None if a is None else self.along(a, x.ndim, batch) for a in given
         )
         return fake_quantize_activations(
             x, self.activations, axes=axes, scale=scale, zero=zero
         )
 
-    def _along(
-        self, a: jax.Array | None, ndim: int, batch: Sequence[tuple[int, int]]
-    ) -> jax.Array | None:
-        """A calibrated number for each stack entry, to broadcast against x."""
-        if a is None:
-            return None
+    def along(
+        self, a: jax.Array, ndim: int, batch: Sequence[tuple[int, int]]
+    ) -> jax.Array:
+        """A calibrated number for each stack entry, to broadcast against x.
+
+        Args:
+          a: One number an entry, in storage order.
+          ndim: Axes of x.
+          batch: Batch axes of x, each with the storage axis that goes with it.
+        """
         varying = {i for i, n in enumerate(a.shape) if n > 1}
         pairs = sorted((axis, i) for axis, i in batch if i in varying)
         if len(pairs) < len(varying):

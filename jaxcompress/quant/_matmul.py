@@ -77,7 +77,7 @@ class Site(NamedTuple):
         )
 
 
-def fits_int8(leaf: QuantizedArray, site: Site) -> bool:
+def fits_int8(leaf: QuantizedArray) -> bool:
     """Whether both operands are symmetric integers, their scales outside the sum."""
     act = leaf.activations
     whole = isinstance(leaf.element, Ternary) or (
@@ -92,14 +92,7 @@ def fits_int8(leaf: QuantizedArray, site: Site) -> bool:
         and isinstance(act.element, Integer)
         and act.element.symmetric
         and act.element.fraction == 0
-        and (not act.static or _batched(leaf.activation_scale, site))
     )
-
-
-def _batched(scale: Any, site: Site) -> bool:
-    """Whether a calibrated scale is one number, or one for each batch entry."""
-    batch = {s for _, s in site.batch}
-    return all(n == 1 or i in batch for i, n in enumerate(scale.shape))
 
 
 def _outside_the_sum(leaf: QuantizedArray) -> bool:
@@ -125,7 +118,7 @@ def int8_dot(
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         def reference(leaf: QuantizedArray, x: jax.Array) -> jax.Array:
-            x = leaf.prepared(x, site.contract, site.batch)
+            x = leaf.prepare_activations(x, site.contract, site.batch)
             return dense_dot_general(
                 leaf, x, site.dimension_numbers, leaf_is_lhs=site.leaf_is_lhs, **params
             ).out
@@ -171,10 +164,8 @@ def _encoded(
     x = x.reshape(*x.shape[: x.ndim - n], -1)
     if act.static:
         assert leaf.activation_scale is not None
-        batch = tuple(s for _, s in site.batch)
-        scale = jnp.moveaxis(leaf.activation_scale, batch, range(len(batch)))
-        lead = scale.shape[: len(batch)]
-        scale = scale.reshape(*lead, *(1,) * (x.ndim - len(batch)))
+        batch = [(i, s) for i, (_, s) in enumerate(site.batch)]
+        scale = leaf.along(leaf.activation_scale, x.ndim, batch)
     else:
         scale, _ = activation_scale(x, act, (x.ndim - 1,))
     codes = encode_activations(x, scale, None, act.element)

@@ -38,6 +38,7 @@ class _Problem(NamedTuple):
     n: int
     groups: int
     choice: Choice
+    dtype: Any
     interpret: Any
 
 
@@ -49,6 +50,7 @@ def quantized_matmul(
     n: int | None = None,
     groups: int | None = None,
     layout: Layout = PORTABLE,
+    dtype: Any = None,
     target: Target | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -65,11 +67,12 @@ def quantized_matmul(
       n: Outputs, in a layout that pads them. Static.
       groups: Groups of inputs, in a layout that pads them. Static.
       layout: How the weight lies. Static.
+      dtype: Of the result; by default that of `x`. Static.
       target: The device; by default the one in use. Static.
       interpret: Run a Pallas kernel by its interpreter, as `pallas_call` takes it.
 
     Returns:
-      ``[*stack, ..., N]`` of the dtype of `x`; sums are float32.
+      ``[*stack, ..., N]``; sums are float32.
 
     Raises:
       TypeError: If `x` does not float or the words are not the layout's.
@@ -87,9 +90,9 @@ def quantized_matmul(
     stack = weight.words.ndim - 2
     m = x[(0,) * stack].size // max(1, x.shape[-1])
     choice = choose(m, n, x.shape[-1], fmt, layout=layout, target=target)
-    run = functools.partial(
-        _matmul, problem=_Problem(fmt, layout, n, groups, choice, interpret)
-    )
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    problem = _Problem(fmt, layout, n, groups, choice, dtype, interpret)
+    run = functools.partial(_matmul, problem=problem)
     for _ in range(stack):
         run = jax.vmap(run)
     rows = x.reshape(*x.shape[:stack], -1, x.shape[-1])
@@ -130,7 +133,7 @@ def _matmul(x: jax.Array, weight: Weight, problem: _Problem) -> jax.Array:
         case _:
             chunk = _chunk(problem.n, k)
             y = xla.quantized_matmul(x, weight, fmt, chunk=chunk)
-    return y[:, : problem.n].astype(x.dtype)
+    return y[:, : problem.n].astype(problem.dtype)
 
 
 def _forward(x: jax.Array, weight: Weight, problem: _Problem) -> Any:

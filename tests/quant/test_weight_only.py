@@ -1,0 +1,122 @@
+"""Large weights run by the kernels' matmul: values, gradients, layouts, reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import quant as q
+from jaxcompress.quant._weight_only import LEAST, kernel_format
+from tests.quant.wrapping import run
+
+K, N = 512, 512
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+FORMATS = {
+    "int8": q.int8(),
+    "int4 g128": q.int4(group_size=128),
+    "uint3 g32": q.int3(group_size=32, symmetric=False),
+    "per tensor": q.int8(granularity=q.PerTensor()),
+    "blocks": q.int4(granularity=q.Block2D(out=64, contract=32)),
+    "nf4": q.nf4(),
+    "mxfp4": q.mxfp4(),
+    "nvfp4": q.nvfp4(),
+    "fp8": q.fp8_e4m3(),
+}
+FEW = ("int4 g128", "uint3 g32", "blocks", "nvfp4")
+
+
+def test_agrees_with_the_dense_matmul_and_says_so() -> None:
+    w, x = normal(0, K, N), normal(1, 3, K)
+    assert w.size == LEAST
+    leaves = {name: q.quantize(w, fmt) for name, fmt in FORMATS.items()}
+    apply = lambda leaves, x: {
+        n: jc.lift(jnp.matmul)(x, leaf) for n, leaf in leaves.items()
+    }
+    found, dense = run(
+        lambda leaves, x: (
+            apply(leaves, x),
+            {n: x @ leaf.materialize() for n, leaf in leaves.items()},
+        ),
+        leaves,
+        x,
+    )
+    for name in FEW:
+        bound = 2.0**-24 * 2 * (K + 4) * (np.abs(x) @ np.abs(w)).max() * 1.5
+        np.testing.assert_allclose(found[name], dense[name], atol=bound, rtol=0)
+    ran = [site.how for site in jc.explain(apply, leaves, x)]
+    assert all("dequantized by planes" in how for how in ran), ran
+
+
+STACK = jc.Axes(contract=(-2,), stack=1)
+SITES = {
+    "left": ("oi,bi->ob", (256, 1024), (5, 1024), jc.Axes(contract=(-1,))),
+    "heads": ("hdo,bhd->bo", (8, 128, 256), (3, 8, 128), jc.Axes(contract=(-3, -2))),
+    "stack": (
+        "sio,bsi->bso",
+        (2, 512, 512),
+        (3, 2, 512),
+        jc.Axes(contract=(-2,), stack=1),
+    ),
+}
+"""Product, shapes of weight and activations, roles of the weight's axes."""
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_axes_and_batches(name: str) -> None:
+    product, w, x, axes = SITES[name]
+    leaf = q.quantize(normal(2, *w), q.int4(group_size=64), axes=axes)
+    apply = lambda w, x: jnp.einsum(product, w, x)
+    both = lambda leaf, x: (jc.lift(apply)(leaf, x), apply(leaf.materialize(), x))
+    found, dense = run(both, leaf, normal(3, *x))
+    assert leaf.has_own_matmul
+    np.testing.assert_allclose(found, dense, atol=3e-4)
+
+
+def test_training_view_and_stored_form_are_bit_identical() -> None:
+    params, x = {"w": 0.02 * normal(4, K, N)}, normal(5, 3, K)
+    scheme = q.weights(q.int4(group_size=64))
+    apply = jc.lift(lambda p, x: jnp.tanh(x @ p["w"]))
+
+    def forward(params: Any) -> Any:
+        params, state = scheme.init(params)
+        loss = lambda p: apply(scheme.view(p, state), x).sum()
+        gradient = jax.grad(loss)(params)
+        packed = scheme.compress(params, state)
+        return apply(scheme.view(params, state), x), apply(packed, x), gradient
+
+    view, stored, gradient = run(forward, params)
+    np.testing.assert_array_equal(view, stored)
+    assert (gradient["w"] != 0).mean() > 0.9
+
+
+def test_gradients_reach_what_is_before_a_frozen_base() -> None:
+    w, x = normal(6, K, N), normal(7, 3, K)
+    leaf = q.quantize(w, q.int4(group_size=64))
+    loss = lambda leaf, x: jnp.sin(jc.lift(jnp.matmul)(x, leaf)).sum()
+    dense = lambda leaf, x: jnp.sin(x @ leaf.materialize()).sum()
+    both = lambda leaf, x: (jax.grad(loss, 1)(leaf, x), jax.grad(dense, 1)(leaf, x))
+    found, wanted = run(both, leaf, x)
+    np.testing.assert_allclose(found, wanted, atol=2e-3)
+
+
+def test_every_element_has_a_kernel_format() -> None:
+    elements = {fmt.element for fmt in FORMATS.values()}
+    elements |= {q.binary().element, q.ternary().element, q.mxfp8().element}
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    for element in elements:
+        fmt, unit = kernel_format(element)
+        assert fmt.bits == element.bits
+        own = codes[: 2**element.bits]
+        if own.size > 1 and element.bits < 8:
+            np.testing.assert_array_equal(fmt.decode(own) * unit, element.decode(own))
