@@ -86,6 +86,24 @@ GPU = Layout("gpu", tile_k=128, tile_n=64)
 LAYOUTS = {layout.name: layout for layout in (PORTABLE, TPU, GPU)}
 
 
+class Stored(NamedTuple):
+    """What is static about a stored weight.
+
+    Attributes:
+      fmt: What its codes stand for.
+      n: Outputs.
+      k: Inputs.
+      groups: Groups of inputs.
+      layout: How it lies.
+    """
+
+    fmt: Format
+    n: int
+    k: int
+    groups: int
+    layout: Layout = PORTABLE
+
+
 def width(fmt: Format) -> int:
     """Bits of a code in the layouts of the chips: 2, 4 or 8."""
     return next(b for b in (2, 4, 8) if b >= fmt.bits)
@@ -127,19 +145,14 @@ def repack(weight: Weight, fmt: Format, *, n: int, k: int, to: Layout) -> Weight
     return Weight(words, side(weight.scale), zero)
 
 
-def unpack(
-    weight: Weight, fmt: Format, *, n: int, k: int, groups: int, layout: Layout
-) -> Weight:
+def unpack(weight: Weight, stored: Stored) -> Weight:
     """The portable weight: the inverse of `repack`.
 
     Args:
-      weight: In `layout`.
-      fmt: What its codes stand for. Static.
-      n: Outputs. Static.
-      k: Inputs. Static.
-      groups: Groups of inputs. Static.
-      layout: The layout it is in. Static.
+      weight: As `stored` says, ``[...]`` without a stack.
+      stored: How it lies. Static.
     """
+    fmt, n, k, groups, layout = stored
     if layout == PORTABLE:
         return weight
     words = weight.words

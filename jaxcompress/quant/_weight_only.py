@@ -105,7 +105,15 @@ def kernel_format(element: Element) -> tuple[formats.Format, float]:
         case _ if element == E5M2:
             return formats.FP8_E5M2, 1.0
         case Minifloat():
-            with jax.ensure_compile_time_eval():
-                codes = jnp.arange(2**element.bits, dtype=jnp.uint8)
-                values = tuple(element.decode(codes).tolist())
-            return formats.Table(values=values, name=element.label), 1.0
+            return formats.Table(values=_values(element), name=element.label), 1.0
+
+
+def _values(element: Minifloat) -> tuple[float, ...]:
+    """What each code stands for, of an element without NaN."""
+    unit = element.low_exponent - element.mantissa
+    half = []
+    for code in range(2 ** (element.bits - 1)):
+        exponent, mantissa = divmod(code, 2**element.mantissa)
+        whole = mantissa + (2**element.mantissa if exponent else 0)
+        half.append(math.ldexp(whole, max(exponent, 1) - 1 + unit))
+    return (*half, *(-v for v in half))

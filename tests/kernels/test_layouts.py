@@ -29,9 +29,7 @@ def test_repack_and_unpack_are_inverse(layout: layouts.Layout) -> None:
     @jax.jit
     def back(weights: dict[str, layouts.Weight]) -> dict[str, layouts.Weight]:
         return {
-            name: layouts.unpack(
-                w, FORMATS[name], n=N, k=K, groups=GROUPS, layout=layout
-            )
+            name: layouts.unpack(w, layouts.Stored(FORMATS[name], N, K, GROUPS, layout))
             for name, w in weights.items()
         }
 

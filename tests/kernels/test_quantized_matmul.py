@@ -126,7 +126,8 @@ def test_stacks_leading_dims_dtypes_and_vmap() -> None:
     assert low.shape == (2, 4, 3, N)
     x16 = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
     exact = np.einsum("sabk,snk->sabn", x16, dense)
-    np.testing.assert_allclose(np.asarray(low, np.float64), exact, rtol=2**-8, atol=1e-4)
+    low = np.asarray(low, np.float64)
+    np.testing.assert_allclose(low, exact, rtol=2**-8, atol=1e-4)
 
 
 def test_no_dense_weight_exists_on_a_cpu() -> None:
