@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ class Weight(NamedTuple):
       zero: Zero point of each group, or None.
     """
 
-    words: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None = None
+    words: Any
+    scale: Any
+    zero: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

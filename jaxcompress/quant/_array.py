@@ -239,7 +239,8 @@ class QuantizedArray(Leaf):
             return dense(x)
         site = _matmul.Site.of(self, x, dimension_numbers, leaf_is_lhs)
         if self.activations is None:
-            if site is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            floats = jnp.issubdtype(x.dtype, jnp.floating)
+            if site is None or not floats or not _weight_only.pays(self, x, site):
                 return dense(x)
             dtype = params.get("preferred_element_type")
             dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype

@@ -10,6 +10,14 @@ import jax.numpy as jnp
 from jaxcompress.leaf import Ran, dense_dot_general
 from jaxcompress.quant._activations import activation_scale, encode_activations
 from jaxcompress.quant._elements import Integer, Ternary
+from jaxcompress.quant._kernels import (
+    as_matrices,
+    kernel_operands,
+    kernel_result,
+    kernel_rows,
+)
+from kernels_pallas import formats
+from kernels_pallas.scaled_matmul import int8_matmul
 
 if TYPE_CHECKING:
     from jaxcompress.quant._array import QuantizedArray
@@ -131,25 +139,19 @@ def int8_dot(
 def _run(
     leaf: QuantizedArray, x: jax.Array, site: Site, params: dict[str, Any]
 ) -> jax.Array:
-    q, x_scale = _encoded(leaf, x, site)
-    elements = leaf.elements()
-    element = leaf.element if isinstance(leaf.element, Integer) else Integer(bits=2)
-    w = element.integers(elements).astype(jnp.int8)
-    n_batch = len(site.batch)
-    batch = tuple(s for _, s in site.batch)
-    sums = jax.lax.dot_general(
-        q,
-        w,
-        (((q.ndim - 1,), (w.ndim - 1,)), (tuple(range(n_batch)), batch)),
-        preferred_element_type=jnp.int32,
+    leaf = leaf.pack()
+    codes, scale = _encoded(leaf, x, site)
+    weight, fmt = kernel_operands(leaf, site)
+    assert isinstance(fmt, formats.Integer)
+    dtype = params.get("preferred_element_type")
+    y = int8_matmul(
+        as_matrices(codes, site),
+        weight,
+        fmt,
+        x_scale=as_matrices(scale, site),
+        dtype=jnp.result_type(x, leaf.dtype) if dtype is None else dtype,
     )
-    w_scale = jnp.moveaxis(leaf.scales()[..., 0], batch, range(n_batch))
-    lead, out = w_scale.shape[:n_batch], w_scale.shape[n_batch:]
-    w_scale = w_scale.reshape(*lead, *(1,) * len(site.free), *out)
-    x_scale = x_scale.reshape(*x_scale.shape[:-1], *(1,) * len(out))
-    y = sums.astype(jnp.float32) * x_scale * w_scale
-    dtype = params.get("preferred_element_type") or jnp.result_type(x, leaf.dtype)
-    return jnp.transpose(y, site.order).astype(dtype)
+    return kernel_result(y, codes, leaf, site)
 
 
 def _encoded(
@@ -158,16 +160,12 @@ def _encoded(
     """int8 activations ``[*batch, *free, K]``, and scales ``[*batch, *free, 1]``."""
     act = leaf.activations
     assert act is not None
-    axes = tuple(a for a, _ in site.batch)
-    x = jnp.transpose(x, (*axes, *site.free, *site.contract)).astype(jnp.float32)
-    n = len(site.contract)
-    x = x.reshape(*x.shape[: x.ndim - n], -1)
+    rows = kernel_rows(x, site).astype(jnp.float32)
     if act.static:
         assert leaf.activation_scale is not None
         batch = [(i, s) for i, (_, s) in enumerate(site.batch)]
-        scale = leaf.along(leaf.activation_scale, x.ndim, batch)
+        scale = leaf.along(leaf.activation_scale, rows.ndim, batch)
     else:
-        scale, _ = activation_scale(x, act, (x.ndim - 1,))
-    codes = encode_activations(x, scale, None, act.element)
-    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
-    return codes.astype(jnp.int8), scale
+        scale, _ = activation_scale(rows, act, (rows.ndim - 1,))
+    codes = encode_activations(rows, scale, None, act.element).astype(jnp.int8)
+    return codes, jnp.broadcast_to(scale, (*rows.shape[:-1], 1))

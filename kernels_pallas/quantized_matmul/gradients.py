@@ -35,7 +35,7 @@ def gradients(
     portable, back = jax.vjp(sides, weight.scale, weight.zero)
     dx = xla.input_gradient(dy, portable, stored.fmt, k=stored.k, chunk=chunk)
     found = xla.scale_gradients(dy, x, portable, stored.fmt, chunk=chunk)
-    dscale, dzero = back(jax.tree.map(_cotangent, found, portable))
+    dscale, dzero = back(jax.tree.map(cotangent, found, portable))
     return dx.astype(x.dtype), Weight(no_gradient(weight.words), dscale, dzero)
 
 
@@ -44,6 +44,7 @@ def no_gradient(a: jax.Array) -> np.ndarray:
     return np.zeros(a.shape, jax.dtypes.float0)
 
 
-def _cotangent(value: jax.Array, like: jax.Array) -> Any:
+def cotangent(value: jax.Array, like: jax.Array) -> Any:
+    """A cotangent in the dtype of what it belongs to; integers have none."""
     floats = jnp.issubdtype(like.dtype, jnp.floating)
     return value.astype(like.dtype) if floats else no_gradient(like)

@@ -196,25 +196,31 @@ def _scaled_after(x, words, scale_ref, zero_ref, *, fmt, group) -> jax.Array:
     """``sum_g scale_g (x_g @ code_g - zero_g sum(x_g))``."""
     total = jnp.zeros((x.shape[0], words.shape[1]), jnp.float32)
     for i, piece in enumerate(_split(words, group * width(fmt) // 32)):
+        scale, zero = _sides(scale_ref, zero_ref, i, decode.unit(fmt))
         inputs = x[:, i * group : (i + 1) * group]
         product = _dot(inputs, decode.values(piece, fmt, dtype=x.dtype))
-        if zero_ref is not None:
+        if zero is not None:
             inputs = inputs.astype(jnp.float32)
-            product -= jnp.sum(inputs, axis=1, keepdims=True) * zero_ref[i : i + 1]
-        total += product * scale_ref[i : i + 1]
+            product -= jnp.sum(inputs, axis=1, keepdims=True) * zero
+        total += product * scale
     return total
 
 
 def _scaled_before(x, words, scale_ref, zero_ref, *, fmt, group) -> jax.Array:
     """``x @ (scale (code - zero))``."""
-    exact = jnp.float32 if isinstance(fmt, Table) else x.dtype
     scaled = []
     for i, piece in enumerate(_split(words, group * width(fmt) // 32)):
-        w = decode.values(piece, fmt, dtype=exact).astype(jnp.float32)
-        if zero_ref is not None:
-            w -= zero_ref[i : i + 1]
-        scaled.append((w * scale_ref[i : i + 1]).astype(x.dtype))
+        scale, zero = _sides(scale_ref, zero_ref, i, decode.unit(fmt))
+        w = decode.values(piece, fmt, dtype=x.dtype).astype(jnp.float32)
+        scaled.append(((w if zero is None else w - zero) * scale).astype(x.dtype))
     return _dot(x, jnp.concatenate(scaled, axis=0))
+
+
+def _sides(scale_ref, zero_ref, i: int, unit: float):
+    """Scale and zero point of group `i`, ``float32[1, n]``, for multiples of `unit`."""
+    row = slice(i, i + 1)
+    zero = None if zero_ref is None else zero_ref[row] * (1 / unit)
+    return scale_ref[row] * unit, zero
 
 
 def _split(words: jax.Array, rows: int) -> list[jax.Array]:

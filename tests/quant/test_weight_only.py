@@ -11,7 +11,8 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import quant as q
-from jaxcompress.quant._weight_only import LEAST, kernel_format
+from jaxcompress.quant._kernels import kernel_format
+from jaxcompress.quant._weight_only import LEAST
 from tests.quant.wrapping import run
 
 K, N = 512, 512

@@ -1,4 +1,4 @@
-"""`int8_matmul`: exact sums, every form alike, gradients, errors."""
+"""`int8_matmul` and `fp8_matmul`: exact sums, every form alike, gradients, errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from kernels_pallas import formats, layouts
-from kernels_pallas.int8_matmul import int8_matmul, quantize_rows, reference, tpu, xla
 from kernels_pallas.layouts import Weight
+from kernels_pallas.scaled_matmul import (
+    fp8_matmul,
+    int8_matmul,
+    quantize_rows,
+    reference,
+    tpu,
+    xla,
+)
 from tests.kernels.weights import FORMATS, random_weight
 
 N, K = 13, 256
@@ -46,10 +53,10 @@ def test_every_form_agrees_with_float64(name: str) -> None:
     def run(inputs: Any, weights: Any, packed: Any) -> Any:
         pairs = list(zip(inputs, weights, strict=True))
         return (
-            [reference.int8_matmul(*x, w, fmt) for x, w in pairs],
-            [xla.int8_matmul(*x, w, fmt) for x, w in pairs],
+            [reference.scaled_matmul(*x, w, fmt) for x, w in pairs],
+            [xla.scaled_matmul(*x, w, fmt) for x, w in pairs],
             [
-                tpu.int8_matmul(*x, w, fmt, interpret=True)[:, :N]
+                tpu.scaled_matmul(*x, w, fmt, interpret=True)[:, :N]
                 for x, w in zip(inputs, packed, strict=True)
             ],
         )
@@ -74,14 +81,51 @@ def test_sums_are_exact_beyond_what_float32_holds() -> None:
 
 def test_rows_are_rounded_to_their_own_scale_or_the_given_one() -> None:
     x = normal(1, 4, 16) * np.array([[1.0], [1e-6], [1e6], [0.0]], np.float32)
-    codes, scale = quantize_rows(x)
+    codes, scale = quantize_rows(x, formats.INT8)
     error = np.abs(np.asarray(codes, np.float64) * scale - x)
     assert (error <= np.abs(x).max(-1, keepdims=True) / 254 * (1 + 1e-6)).all()
     assert np.abs(np.asarray(codes)[:3]).max(-1).tolist() == [127] * 3
     assert not np.asarray(codes)[3].any()
-    given, wide = quantize_rows(x[:1], jnp.float32(0.01))
+    given, wide = quantize_rows(x[:1], formats.INT8, jnp.float32(0.01))
     assert np.abs(given).max() == 127
     np.testing.assert_array_equal(wide, [[np.float32(0.01)]])
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_agrees_with_float64(name: str) -> None:
+    fmt, rng = FORMATS[name], np.random.default_rng(9)
+    assert isinstance(fmt, formats.Float8)
+    made = [random_weight(rng, fmt, N, K, groups) for groups in (1, 2)]
+    xs = [normal(m, m, K) for m in (1, 17)]
+    repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
+    packed = [jax.jit(repack)(w) for w, _ in made]
+
+    @jax.jit
+    def run(xs: Any, weights: Any, packed: Any) -> Any:
+        codes = [quantize_rows(x, fmt) for x in xs]
+        pairs = list(zip(codes, weights, strict=True))
+        return codes, (
+            [reference.scaled_matmul(*x, w, fmt) for x, w in pairs],
+            [xla.scaled_matmul(*x, w, fmt) for x, w in pairs],
+            [
+                tpu.scaled_matmul(*x, w, fmt, interpret=True)[:, :N]
+                for x, w in zip(codes, packed, strict=True)
+            ],
+            [fp8_matmul(x, w, fmt) for x, w in zip(xs, weights, strict=True)],
+        )
+
+    codes, forms = run(xs, [w for w, _ in made], packed)
+    for (code, scale), x in zip(codes, xs, strict=True):
+        step = 2.0 ** -(3 if name == "fp8_e4m3" else 2)
+        error = np.abs(np.asarray(code, np.float64) * np.asarray(scale) - x)
+        tiny = np.asarray(scale, np.float64) * 2.0**-9
+        assert (error <= np.abs(x) * step / 2 * (1 + 1e-6) + tiny).all()
+    for form in forms:
+        for y, x, (_, dense) in zip(form, codes, made, strict=True):
+            pair = (np.asarray(x[0], np.float64), np.asarray(x[1], np.float64))
+            size = np.abs(pair[0] * pair[1]) @ np.abs(dense.T)
+            error = np.abs(np.asarray(y, np.float64) - exact(*pair, dense))
+            assert (error <= size * (K + 6) * 2.0**-24).all()
 
 
 def test_gradients_are_straight_through_and_stop_where_a_scale_clips() -> None:
@@ -150,14 +194,14 @@ WRONG = {
         WEIGHT,
         formats.INT4,
         {},
-        "x_scale must be given with int8 codes",
+        "x_scale must be given with codes",
     ),
     "other integers": (
         X.astype(np.int32),
         WEIGHT,
         formats.INT4,
         {},
-        "x must be floating or int8; got int32",
+        "x must be float32, .* or int8; got int32",
     ),
     "other inputs": (X[:, :9], WEIGHT, formats.INT4, {}, "13, 5.* for 13 outputs"),
 }
@@ -168,3 +212,8 @@ def test_bad_input_is_named(case: str) -> None:
     x, weight, fmt, options, message = WRONG[case]
     with pytest.raises((TypeError, ValueError), match=message):
         int8_matmul(x, weight, fmt, **options)
+
+
+def test_fp8_refuses_other_formats() -> None:
+    with pytest.raises(ValueError, match=r"fp8_matmul: fmt must be fp8.*got int4"):
+        fp8_matmul(X, WEIGHT, formats.INT4)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Integer matmul by plain XLA: int8 operands, the contraction minor in both.
+"""Matmul of two quantized operands by plain XLA, the contraction minor in both.
 
 This is the form that XLA has fast kernels for on every platform; on a CPU only with two
 rows or more, so a single row is doubled.
@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import packing
-from kernels_pallas.formats import Integer
+from kernels_pallas.formats import Float8, Integer
 from kernels_pallas.layouts import Weight
+from kernels_pallas.scaled_matmul.rows import operand_dtype, sum_dtype
 
 
-def int8_matmul(
-    codes: jax.Array, scale: jax.Array, weight: Weight, fmt: Integer
+def scaled_matmul(
+    codes: jax.Array, scale: jax.Array, weight: Weight, fmt: Integer | Float8
 ) -> jax.Array:
     """As the reference.
 
     Args:
-      codes: ``int8[M, K]``.
+      codes: ``[M, K]`` in the operand dtype.
       scale: ``float32[M, 1]``.
       weight: In the portable layout, ``[N, K]``, without zero points.
-      fmt: Signed integers. Static.
+      fmt: Signed integers, or fp8. Static.
 
     Returns:
       ``float32[M, N]``.
@@ -37,31 +38,36 @@ def int8_matmul(
     if groups == 1:
         sums = _sums(rows, weight.words, fmt)[:m]
         return sums.astype(jnp.float32) * scale * w_scale[:, 0][None]
-    w = _int8(packing.unpack(weight.words, bits=fmt.bits, count=k), fmt)
+    w = _operand(packing.unpack(weight.words, bits=fmt.bits, count=k), fmt)
     sums = jax.lax.dot_general(
         rows.reshape(rows.shape[0], groups, -1),
         w.reshape(*w_scale.shape, -1),
         (((2,), (2,)), ((1,), (1,))),
-        preferred_element_type=jnp.int32,
+        preferred_element_type=sum_dtype(fmt),
     )
-    return jnp.einsum("gmn,ng->mn", sums[:, :m].astype(jnp.float32), w_scale) * scale
+    y = jnp.einsum(
+        "gmn,ng->mn", sums[:, :m].astype(jnp.float32), w_scale, precision="highest"
+    )
+    return y * scale
 
 
-def _sums(codes: jax.Array, words: jax.Array, fmt: Integer) -> jax.Array:
-    """``int32[M, N]``, plane by plane: sums of integers are exact in any order."""
+def _sums(codes: jax.Array, words: jax.Array, fmt: Integer | Float8) -> jax.Array:
+    """``[M, N]``, plane by plane: sums of integers are exact in any order."""
     per = packing.period(fmt.bits)
     codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % per)))
     planes = packing.planes(words, bits=fmt.bits, count=codes.shape[1])
     dot = functools.partial(
         jax.lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.int32,
+        preferred_element_type=sum_dtype(fmt),
     )
-    parts = [dot(codes[:, i::per], _int8(p, fmt)) for i, p in enumerate(planes)]
+    parts = [dot(codes[:, i::per], _operand(p, fmt)) for i, p in enumerate(planes)]
     return functools.reduce(jnp.add, parts)
 
 
-def _int8(codes: jax.Array, fmt: Integer) -> jax.Array:
-    """Sign-extended in bytes."""
-    sign = jnp.uint8(2 ** (fmt.bits - 1))
-    return jax.lax.bitcast_convert_type((codes ^ sign) - sign, jnp.int8)
+def _operand(codes: jax.Array, fmt: Integer | Float8) -> jax.Array:
+    """Codes in the operand dtype; integers are sign-extended in bytes."""
+    if isinstance(fmt, Integer):
+        sign = jnp.uint8(2 ** (fmt.bits - 1))
+        codes = (codes ^ sign) - sign
+    return jax.lax.bitcast_convert_type(codes, operand_dtype(fmt))

@@ -1,7 +1,7 @@
-"""Integer matmul on TPU: int8 products on the matrix unit, int32 sums (v5e and later).
+"""Both operands quantized, on TPU: int8 or fp8 products on the matrix unit (from v5e).
 
-Codes of 4 and 2 bits are widened to int8 in fast memory. The sums of a group are exact;
-with several groups they are scaled and added in float32.
+Codes of 4 and 2 bits are widened to int8 in fast memory, and a group's sums are exact;
+the sums of several groups are scaled and added in float32.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import _tpu_decode as decode
-from kernels_pallas.formats import Integer
+from kernels_pallas.formats import Float8, Integer
 from kernels_pallas.layouts import Weight, width
 from kernels_pallas.quantized_matmul._tpu_blocks import Blocks, blocks_for
+from kernels_pallas.scaled_matmul.rows import operand_dtype, sum_dtype
 
 SUBLANES = 32
-"""Rows of an int8 tile: M is padded to a multiple of it."""
+"""Rows of a tile of bytes: M is padded to a multiple of it."""
 
 
-def int8_matmul(
+def scaled_matmul(
     codes: jax.Array,
     scale: jax.Array,
     weight: Weight,
-    fmt: Integer,
+    fmt: Integer | Float8,
     *,
     blocks: Blocks | None = None,
     interpret: Any = False,
@@ -35,10 +36,10 @@ def int8_matmul(
     """As the reference, on the TPU layout.
 
     Args:
-      codes: ``int8[M, K]``.
+      codes: ``[M, K]`` in the operand dtype.
       scale: ``float32[M, 1]``.
       weight: In `layouts.TPU`, without zero points.
-      fmt: Signed integers. Static.
+      fmt: Signed integers, or fp8. Static.
       blocks: What one grid step works on. Static.
       interpret: As `pallas_call` takes it.
 
@@ -65,7 +66,7 @@ def _call(
     groups: int,
     rows: int,
     blocks: Blocks,
-    fmt: Integer,
+    fmt: Integer | Float8,
     interpret: Any,
 ) -> Any:
     n, k = blocks.n, min(blocks.k, inputs)
@@ -75,7 +76,7 @@ def _call(
     )
     return pl.pallas_call(
         kernel,
-        name=f"int8_matmul_{fmt.name}",
+        name=f"scaled_matmul_{fmt.name}",
         out_shape=jax.ShapeDtypeStruct((m, outputs), jnp.float32),
         grid=(pl.cdiv(m, rows), pl.cdiv(outputs, n), pl.cdiv(inputs, k)),
         in_specs=[
@@ -86,7 +87,7 @@ def _call(
         ],
         out_specs=pl.BlockSpec((rows, n), lambda i, j, l: (i, j)),
         scratch_shapes=[
-            pltpu.VMEM((rows, n), jnp.int32 if groups == 1 else jnp.float32)
+            pltpu.VMEM((rows, n), sum_dtype(fmt) if groups == 1 else jnp.float32)
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -103,7 +104,7 @@ def _kernel(
     out_ref: Any,
     sum_ref: Any,
     *,
-    fmt: Integer,
+    fmt: Integer | Float8,
     inputs: int,
     group: int,
     block: int,
@@ -111,7 +112,7 @@ def _kernel(
     """Add one block of K to the sum, and write it out after the last."""
     step = pl.program_id(2)
     last = step == pl.num_programs(2) - 1
-    whole = sum_ref.dtype == jnp.int32
+    whole = inputs == group
 
     @pl.when(step == 0)
     def _() -> None:
@@ -123,11 +124,11 @@ def _kernel(
             words = words_ref[
                 pl.ds(i * size * width(fmt) // 32, size * width(fmt) // 32)
             ]
-            w = decode.integers(words, bits=width(fmt)).astype(jnp.int8)
+            w = _operand(words, fmt)
             sums = jnp.dot(
                 codes_ref[:, i * size : (i + 1) * size],
                 w,
-                preferred_element_type=jnp.int32,
+                preferred_element_type=sum_dtype(fmt),
             )
             if not whole:
                 sums = sums.astype(jnp.float32) * side_ref[i : i + 1]
@@ -144,3 +145,9 @@ def _kernel(
     def _() -> None:
         y = sum_ref[...].astype(jnp.float32)
         out_ref[...] = y * (side_ref[...] if whole else 1.0) * scale_ref[...]
+
+
+def _operand(words: jax.Array, fmt: Integer | Float8) -> jax.Array:
+    if isinstance(fmt, Float8):
+        return pltpu.bitcast(words, operand_dtype(fmt))
+    return decode.integers(words, bits=width(fmt)).astype(jnp.int8)
