@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 NEWEST := .venv-newest
+AOT := .venv-aot
 # A Python 3.12 that runs (pyenv leaves names that do not); empty if there is none.
 PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python; do \
   "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest lint coverage slow bench float-scores clean
+.PHONY: demo test test-newest lint coverage slow bench aot gpu float-scores clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m experiments.digits.run
@@ -42,6 +43,21 @@ bench: $(VENV)/.ready-bench
 	  $(VENV)/bin/python -m experiments.benchmarks.$$(basename $$script .py) || exit 1; \
 	done
 
+# Compiles every kernel for TPU v5e, v5p, v6e, v7x and H200, none of which is needed.
+aot:
+ifeq ($(strip $(PYTHON312)),)
+	@echo "aot: skipped, there is no Python 3.12 here"
+else
+	@$(MAKE) --no-print-directory $(AOT)/.ready && \
+	  $(AOT)/bin/python -m kernels_pallas.aot --out experiments/benchmarks/results/kernels_aot.json
+endif
+
+# On a machine with a GPU whose jax is installed: correctness, then speed.
+gpu:
+	$(PYTHON) -c "import jax; assert jax.default_backend() == 'gpu', 'gpu: no GPU, or jax without CUDA'"
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m experiments.benchmarks.bench_gpu_matmul
+
 float-scores: $(VENV)/.ready-models
 	$(VENV)/bin/python -m experiments.float_scores.run
 
@@ -67,5 +83,12 @@ $(NEWEST)/.ready: pyproject.toml
 	$(NEWEST)/bin/python -m pip install $(PIP_OPTIONS) --upgrade --upgrade-strategy eager --editable . --group test
 	touch $@
 
+$(AOT)/.ready: pyproject.toml
+	test -x $(AOT)/bin/python || $(PYTHON312) -m venv $(AOT)
+	$(AOT)/bin/python -m pip install $(PIP_OPTIONS) --upgrade "pip>=25.1"
+	$(AOT)/bin/python -m pip install $(PIP_OPTIONS) --editable . --group aot || \
+	  { echo "aot: skipped, the compilers cannot be installed here"; exit 1; }
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST) out build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NEWEST) $(AOT) out build dist .pytest_cache .ruff_cache .hypothesis .coverage

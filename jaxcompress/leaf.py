@@ -167,6 +167,10 @@ class Leaf(abc.ABC):
 
     # -- what a leaf may define
 
+    def portable(self) -> Leaf:
+        """The form that files hold: itself, but for what one device alone reads."""
+        return self
+
     def values(self) -> tuple[Any, ...]:
         """The float arrays (or leaves) that a later transform in a chain may act on."""
         return ()

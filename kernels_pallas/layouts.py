@@ -10,7 +10,8 @@ zero point) for each of ``G`` groups of consecutive inputs. Three layouts hold i
     of inputs ``32 r / B`` and on, lowest bits first, as the chip's own bitcast from
     32-bit words to ``B``-bit rows reads them. ``scale`` and ``zero`` are
     ``float32[G', N']``.
-``gpu``: ``words`` is ``uint8[N', K' B / 8]``, lowest bits first; ``scale`` and
+``gpu``: ``words`` is ``int32[N' / 64, 2 K' B]``, in the order in which the threads of
+    a warpgroup hold an operand of wgmma (`kernels_pallas._gpu_words`); ``scale`` and
     ``zero`` are ``float32[G', N']``.
 
 The last two widen codes to ``B = 2, 4 or 8`` bits (int3 becomes int4), shift unsigned
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import packing
+from kernels_pallas import _gpu_words, packing
 from kernels_pallas.formats import Format, Integer
 
 
@@ -56,7 +57,7 @@ class Layout:
     @property
     def dtype(self) -> jnp.dtype:
         """Of the words."""
-        return jnp.dtype(jnp.int32 if self.name == "tpu" else jnp.uint8)
+        return jnp.dtype(jnp.uint8 if self.name == "portable" else jnp.int32)
 
     def sizes(self, scale: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and groups that a scale of this shape has, padding included."""
@@ -70,7 +71,7 @@ class Layout:
             return rows, packing.packed_length(columns, bits=fmt.bits)
         if self.name == "tpu":
             return columns * width(fmt) // 32, rows
-        return rows, columns * width(fmt) // 8
+        return rows // _gpu_words.BLOCK, 2 * columns * width(fmt)
 
     def padded(self, n: int, k: int, groups: int) -> tuple[int, int]:
         """``(N', K')`` of a weight ``[n, k]`` in `groups` groups."""
@@ -129,10 +130,11 @@ def repack(weight: Weight, fmt: Format, *, n: int, k: int, to: Layout) -> Weight
     rows, columns = to.padded(n, k, groups)
     codes = packing.unpack(weight.words, bits=fmt.bits, count=k)
     codes = jnp.pad(_signed(codes, fmt), ((0, rows - n), (0, columns - k)))
-    words = packing.pack(codes, bits=bits)
     if to.name == TPU.name:
-        words = words.reshape(rows, -1, 4).swapaxes(0, 1)
+        words = packing.pack(codes, bits=bits).reshape(rows, -1, 4).swapaxes(0, 1)
         words = jax.lax.bitcast_convert_type(words, jnp.int32)
+    else:
+        words = _gpu_words.arrange(codes, bits=bits)
     count = groups if groups == 1 else columns // (k // groups)
     side = lambda a: jnp.pad(
         a.astype(jnp.float32).T, ((0, count - groups), (0, rows - n))
@@ -155,15 +157,23 @@ def unpack(weight: Weight, stored: Stored) -> Weight:
     fmt, n, k, groups, layout = stored
     if layout == PORTABLE:
         return weight
-    words = weight.words
     if layout.name == TPU.name:
-        words = jax.lax.bitcast_convert_type(words, jnp.uint8)
-        words = words.swapaxes(0, 1).reshape(words.shape[1], -1)
-    codes = packing.unpack(words[:n], bits=width(fmt), count=k)
+        words = jax.lax.bitcast_convert_type(weight.words, jnp.uint8)
+        words = words.swapaxes(0, 1).reshape(words.shape[1], -1)[:n]
+        codes = packing.unpack(words, bits=width(fmt), count=k)
+    else:
+        codes = _gpu_words.restore(weight.words, bits=width(fmt))[:n, :k]
     words = packing.pack(codes + jnp.uint8(_offset(fmt)), bits=fmt.bits)
     side = lambda a: a[:groups, :n].T
     zero = None if weight.zero is None else side(weight.zero) + _offset(fmt)
     return Weight(words, side(weight.scale), zero)
+
+
+def signed_zero(weight: Weight, fmt: Format) -> jax.Array | None:
+    """Zero points of a chip's signed codes; unsigned codes without have one, too."""
+    if weight.zero is None and _offset(fmt):
+        return jnp.full_like(weight.scale, -_offset(fmt))
+    return weight.zero
 
 
 def _offset(fmt: Format) -> int:

@@ -26,6 +26,18 @@ class Target(NamedTuple):
         )
 
 
+class Choice(NamedTuple):
+    """What an operation runs.
+
+    Attributes:
+      kernel: ``"tpu"``, ``"gpu"`` or ``"xla"``.
+      how: In words, for reports.
+    """
+
+    kernel: str
+    how: str
+
+
 def current_target() -> Target:
     """The device that a function traced now will run on.
 

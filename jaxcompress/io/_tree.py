@@ -52,7 +52,7 @@ def _encode(node: Any, path: str, arrays: Arrays) -> Any:
     if isinstance(node, FrozenDict):
         return {"FrozenDict": _encode(dict(node), path, arrays)}
     if isinstance(node, Leaf):
-        return _encode_leaf(node, path, arrays)
+        return _encode_leaf(node.portable(), path, arrays)
     if type(node) is dict:
         return {
             "dict": [

@@ -89,6 +89,8 @@ from ._quantize import quantize as quantize
 from ._ranges import hqq as hqq
 from ._ranges import mse as mse
 from ._ranges import percentile as percentile
+from ._repacked import RepackedArray as RepackedArray
+from ._repacked import repack as repack
 from ._rotated import RotatedArray as RotatedArray
 from ._rotated import hadamard as hadamard
 from ._rotated import rotated_weight as rotated_weight

@@ -30,6 +30,7 @@ from jaxcompress.quant import _matmul, _weight_only
 from jaxcompress.quant._activations import Activations, fake_quantize_activations
 from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
+from jaxcompress.quant._kernels import portable_operand
 from jaxcompress.quant._rounding import power_of_two
 from kernels_pallas import packing
 
@@ -93,7 +94,7 @@ class QuantizedArray(Leaf):
         """Logical shape."""
         if not self.packed:
             return tuple(self.words.shape)
-        return self.layout.logical_shape((*self.words.shape[:-1], self._k))
+        return self.layout.logical_shape((*self.words.shape[:-1], self.inputs))
 
     @property
     def dtype(self) -> np.dtype:
@@ -111,7 +112,7 @@ class QuantizedArray(Leaf):
         return self.element.bits
 
     @property
-    def _k(self) -> int:
+    def inputs(self) -> int:
         """Contracting elements of packed words."""
         return self.words.shape[-1] * 8 // self.bits - self.pad
 
@@ -124,7 +125,7 @@ class QuantizedArray(Leaf):
     def elements(self) -> jax.Array:
         """``uint8[*stack, *out, K]`` codes in storage order."""
         if self.packed:
-            return packing.unpack(self.words, bits=self.bits, count=self._k)
+            return packing.unpack(self.words, bits=self.bits, count=self.inputs)
         return self.layout.to_storage(self._checked_words())
 
     def _checked_words(self) -> jax.Array:
@@ -244,7 +245,9 @@ class QuantizedArray(Leaf):
                 return dense(x)
             dtype = params.get("preferred_element_type")
             dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
-            return _weight_only.weight_only_dot(self, x, site, dtype)
+            batch = tuple(s for _, s in site.batch)
+            operand = portable_operand(self.pack(), batch)
+            return _weight_only.weight_only_dot(operand, x, site, dtype)
         if site is not None and _matmul.fits_int8(self):
             return _matmul.int8_dot(self, x, site, params)
         axes = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])

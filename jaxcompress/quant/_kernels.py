@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,45 @@ from jaxcompress.quant._elements import (
     Ternary,
 )
 from kernels_pallas import formats
-from kernels_pallas.layouts import Weight
+from kernels_pallas.layouts import PORTABLE, Layout, Weight
 
 if TYPE_CHECKING:
     from jaxcompress.quant._array import QuantizedArray
     from jaxcompress.quant._matmul import Site
 
 
-def kernel_operands(leaf: QuantizedArray, site: Site) -> tuple[Weight, formats.Format]:
-    """A packed leaf as the kernels read it, and the name of its format."""
+class Operand(NamedTuple):
+    """A weight as a kernel takes it.
+
+    Attributes:
+      weight: ``[*batch, N, ...]`` in `layout`.
+      fmt: What its codes stand for.
+      out: Sizes of the storage axes that N merges.
+      layout: How the weight lies.
+      groups: Groups of inputs.
+    """
+
+    weight: Weight
+    fmt: formats.Format
+    out: tuple[int, ...]
+    layout: Layout
+    groups: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernels need to be told of the layout."""
+        n = math.prod(self.out)
+        return {"n": n, "groups": self.groups, "layout": self.layout}
+
+
+def portable_operand(leaf: QuantizedArray, batch: tuple[int, ...]) -> Operand:
+    """A packed leaf with the storage axes `batch` in front, scales spread over outputs.
+
+    Args:
+      leaf: Packed.
+      batch: Storage axes.
+    """
     fmt, unit = kernel_format(leaf.element)
-    batch = tuple(s for _, s in site.batch)
     outputs = leaf.words.shape[:-1]
 
     def arrange(a: jax.Array) -> jax.Array:
@@ -42,7 +70,13 @@ def kernel_operands(leaf: QuantizedArray, site: Site) -> tuple[Weight, formats.F
         return a.reshape(*a.shape[: len(batch)], -1, a.shape[-1])
 
     zero = None if leaf.zero_point is None else arrange(leaf.zero_point)
-    return Weight(arrange(leaf.words), arrange(leaf.scales() * unit), zero), fmt
+    return Operand(
+        Weight(arrange(leaf.words), arrange(leaf.scales() * unit), zero),
+        fmt,
+        out=tuple(n for i, n in enumerate(outputs) if i not in batch),
+        layout=PORTABLE,
+        groups=leaf.scale.shape[-1],
+    )
 
 
 def kernel_rows(x: jax.Array, site: Site) -> jax.Array:
@@ -58,11 +92,9 @@ def as_matrices(rows: jax.Array, site: Site) -> jax.Array:
 
 
 def kernel_result(
-    y: jax.Array, rows: jax.Array, leaf: QuantizedArray, site: Site
+    y: jax.Array, rows: jax.Array, out: tuple[int, ...], site: Site
 ) -> jax.Array:
     """A kernel's ``[*batch, M, N]`` with the axes of the `dot_general`."""
-    batch = {s for _, s in site.batch}
-    out = [n for i, n in enumerate(leaf.words.shape[:-1]) if i not in batch]
     return jnp.transpose(y.reshape(*rows.shape[:-1], *out), site.order)
 
 

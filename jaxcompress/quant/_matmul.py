@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.layout import Layout
 from jaxcompress.leaf import Ran, dense_dot_general
 from jaxcompress.quant._activations import activation_scale, encode_activations
 from jaxcompress.quant._elements import Integer, Ternary
 from jaxcompress.quant._kernels import (
     as_matrices,
-    kernel_operands,
     kernel_result,
     kernel_rows,
+    portable_operand,
 )
 from kernels_pallas import formats
 from kernels_pallas.scaled_matmul import int8_matmul
 
 if TYPE_CHECKING:
     from jaxcompress.quant._array import QuantizedArray
+
+
+class Stored(Protocol):
+    """A leaf whose elements lie in storage order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """How the axes lie in storage."""
+        ...
 
 
 class Site(NamedTuple):
@@ -46,7 +61,7 @@ class Site(NamedTuple):
     @classmethod
     def of(
         cls,
-        leaf: QuantizedArray,
+        leaf: Stored,
         x: jax.Array,
         dimension_numbers: Any,
         leaf_is_lhs: bool,
@@ -139,19 +154,19 @@ def int8_dot(
 def _run(
     leaf: QuantizedArray, x: jax.Array, site: Site, params: dict[str, Any]
 ) -> jax.Array:
-    leaf = leaf.pack()
+    operand = portable_operand(leaf.pack(), tuple(s for _, s in site.batch))
+    assert isinstance(operand.fmt, formats.Integer)
     codes, scale = _encoded(leaf, x, site)
-    weight, fmt = kernel_operands(leaf, site)
-    assert isinstance(fmt, formats.Integer)
     dtype = params.get("preferred_element_type")
     y = int8_matmul(
         as_matrices(codes, site),
-        weight,
-        fmt,
+        operand.weight,
+        operand.fmt,
         x_scale=as_matrices(scale, site),
         dtype=jnp.result_type(x, leaf.dtype) if dtype is None else dtype,
+        **operand.options,
     )
-    return kernel_result(y, codes, leaf, site)
+    return kernel_result(y, codes, operand.out, site)
 
 
 def _encoded(

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics
 from jaxcompress.quant._array import QuantizedArray
-from jaxcompress.quant._elements import E4M3
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import static_range
 from jaxcompress.quant._granularity import PerChannel
 from jaxcompress.quant._quantize import Grid
-from jaxcompress.quant._rounding import divisor, floor_log2
-from jaxcompress.quant._scales import Scales, compute_scales
+from jaxcompress.quant._scales import Scales, compute_scales, stored_scale
 from jaxcompress.quant._steps import Problem, Steps
 
 
@@ -135,23 +133,13 @@ def finish(laid: Laid, codes: jax.Array, steps: Steps) -> QuantizedArray:
     tensor = laid.tensor.reshape(*stack, *ones)
     value = in_flat(steps.scale)
     scales = Scales(
-        stored=_stored(value, problem.fmt.scale, tensor),
+        stored=stored_scale(value, problem.fmt.scale, tensor),
         value=value,
         zero=None if steps.zero is None else in_flat(steps.zero),
         tensor=tensor if problem.fmt.scale == "nvfp4" else None,
     )
     words = layout.from_storage(in_storage(codes, problem.out))
     return grid.leaf(words, scales, *laid.activations).pack()
-
-
-def _stored(value: jax.Array, scale_format: str, tensor: jax.Array) -> jax.Array:
-    """Scales that can be stored, as they are stored; exact."""
-    if scale_format == "e8m0":
-        code = floor_log2(value) + 127
-        return jnp.where(value > 0, code, 0).astype(jnp.uint8)
-    if scale_format == "nvfp4":
-        return E4M3.encode(value / divisor(tensor), "nearest")
-    return value.astype(scale_format)
 
 
 def _mean_gram(

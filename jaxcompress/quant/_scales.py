@@ -299,3 +299,16 @@ def above_threshold(a: jax.Array, blocks: Blocks) -> jax.Array:
     parts, _ = split_blocks(a, blocks.counts)
     kept = jnp.abs(parts) > _TWN_THRESHOLD * spread(mean, a.shape)
     return jnp.where(kept, parts, 0.0).reshape(a.shape)
+
+
+def stored_scale(
+    value: jax.Array, scale_format: str, tensor: jax.Array | None
+) -> jax.Array:
+    """Scales that can be stored, as they are stored; exact."""
+    if scale_format == "e8m0":
+        code = floor_log2(value) + 127
+        return jnp.where(value > 0, code, 0).astype(jnp.uint8)
+    if scale_format == "nvfp4":
+        assert tensor is not None
+        return E4M3.encode(value / divisor(tensor), "nearest")
+    return value.astype(scale_format)

@@ -9,12 +9,11 @@ import jax
 
 from jaxcompress.leaf import Ran
 from jaxcompress.quant._kernels import (
+    Operand,
     as_matrices,
-    kernel_operands,
     kernel_result,
     kernel_rows,
 )
-from kernels_pallas.layouts import PORTABLE
 from kernels_pallas.quantized_matmul import choose, quantized_matmul
 from kernels_pallas.target import current_target
 
@@ -34,6 +33,8 @@ FEW_ROWS = 32
 
 def has_kernel(leaf: QuantizedArray) -> bool:
     """Whether the device has more than a dequantized dot for a weight of this size."""
+    if leaf.words is None:  # A frame, whose elements another leaf stores.
+        return False
     return _core_size(leaf) >= LEAST and current_target().platform == "cpu"
 
 
@@ -48,20 +49,19 @@ def _core_size(leaf: QuantizedArray) -> int:
     return math.prod(leaf.shape[stack:])
 
 
-def weight_only_dot(leaf: QuantizedArray, x: jax.Array, site: Site, dtype: Any) -> Ran:
-    """``x`` times the leaf, dequantized in the kernel.
+def weight_only_dot(operand: Operand, x: jax.Array, site: Site, dtype: Any) -> Ran:
+    """``x`` times a weight, dequantized in the kernel.
 
     Args:
-      leaf: Packed or not.
+      operand: The weight, its batch axes those of the site.
       x: Floating activations.
       site: How they meet.
       dtype: Of the result.
     """
-    leaf = leaf.pack()
-    weight, fmt = kernel_operands(leaf, site)
     rows = kernel_rows(x, site)
     matrices = as_matrices(rows, site)
-    (m, k), n = matrices.shape[-2:], weight.words.shape[-2]
-    choice = choose(m, n, k, fmt, layout=PORTABLE, target=current_target())
-    y = quantized_matmul(matrices, weight, fmt, dtype=dtype)
-    return Ran(kernel_result(y, rows, leaf, site), choice.how)
+    m, k = matrices.shape[-2:]
+    n, fmt, layout = math.prod(operand.out), operand.fmt, operand.layout
+    choice = choose(m, n, k, fmt, layout=layout, target=current_target())
+    y = quantized_matmul(matrices, operand.weight, fmt, dtype=dtype, **operand.options)
+    return Ran(kernel_result(y, rows, operand.out, site), choice.how)

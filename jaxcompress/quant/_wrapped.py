@@ -139,7 +139,7 @@ class WrappedArray(Leaf):
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
         """The inner leaf's rule on the changed operand, and what runs beside it."""
-        site = Site.of(self, x, dimension_numbers, leaf_is_lhs)  # pyright: ignore[reportArgumentType]
+        site = Site.of(self, x, dimension_numbers, leaf_is_lhs)
         if site is None or not self._fits(site):
             return dense_dot_general(
                 self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params

@@ -11,23 +11,11 @@ import jax.numpy as jnp
 from kernels_pallas.checks import check_weight
 from kernels_pallas.formats import Format
 from kernels_pallas.layouts import PORTABLE, Layout, Stored, Weight
-from kernels_pallas.quantized_matmul import tpu, xla
+from kernels_pallas.quantized_matmul import gpu, tpu, xla
 from kernels_pallas.quantized_matmul.gradients import gradients
-from kernels_pallas.target import Target, current_target
+from kernels_pallas.target import Choice, Target, current_target
 
 WHO = "quantized_matmul"
-
-
-class Choice(NamedTuple):
-    """What runs.
-
-    Attributes:
-      kernel: ``"tpu"``, ``"gpu"`` or ``"xla"``.
-      how: In words, for reports.
-    """
-
-    kernel: str
-    how: str
 
 
 class _Problem(NamedTuple):
@@ -35,6 +23,7 @@ class _Problem(NamedTuple):
 
     stored: Stored
     choice: Choice
+    chunk: int
     dtype: Any
     interpret: Any
 
@@ -95,7 +84,8 @@ def quantized_matmul(
     m = x[(0,) * stack].size // stored.k
     choice = choose(m, stored.n, stored.k, fmt, layout=layout, target=target)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    problem = _Problem(stored, choice, dtype, interpret)
+    chunk = chunk_of(stored, target)
+    problem = _Problem(stored, choice, chunk, dtype, interpret)
     run = functools.partial(_matmul, problem=problem)
     for _ in range(stack):
         run = jax.vmap(run)
@@ -111,25 +101,30 @@ def choose(
     if layout != PORTABLE:
         return Choice(layout.name, f"{fmt.name} {layout.name.upper()} kernel")
     if target.platform == "cpu":
-        rows = chunk_of(n, k) // k
+        rows = chunk_of(Stored(fmt, n, k, 1), target) // k
         at_once = "" if rows >= n else f", {rows} outputs at a time"
         return Choice("xla", f"{fmt.name} dequantized by planes{at_once}")
     return Choice("xla", f"{fmt.name} dequantized dot")
 
 
-def chunk_of(n: int, k: int) -> int:
-    """Weights to dequantize at a time on a CPU: a 16th, in 0.5 to 4 MB of float32."""
-    return max(min(n * k // 16, 2**20), 2**17, k)
+def chunk_of(stored: Stored, target: Target) -> int:
+    """Weights to dequantize at a time: on a CPU a 16th, in 0.5 to 4 MB of float32."""
+    whole = stored.n * stored.k
+    if target.platform != "cpu":
+        return whole
+    return max(min(whole // 16, 2**20), 2**17, stored.k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("problem",))
 def _matmul(x: jax.Array, weight: Weight, problem: _Problem) -> jax.Array:
-    stored, choice, dtype, interpret = problem
+    stored, choice, chunk, dtype, interpret = problem
     match choice.kernel:
         case "tpu":
+            x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
             y = tpu.quantized_matmul(x, weight, stored.fmt, interpret=interpret)
+        case "gpu":
+            y = gpu.quantized_matmul(x, weight, stored.fmt, interpret=interpret)
         case _:
-            chunk = chunk_of(stored.n, stored.k)
             y = xla.quantized_matmul(x, weight, stored.fmt, chunk=chunk)
     return y[:, : stored.n].astype(dtype)
 
@@ -140,8 +135,7 @@ def _forward(x: jax.Array, weight: Weight, problem: _Problem) -> Any:
 
 def _backward(problem: _Problem, residuals: Any, dy: jax.Array) -> Any:
     x, weight = residuals
-    stored = problem.stored
-    return gradients(dy, x, weight, stored, chunk=chunk_of(stored.n, stored.k))
+    return gradients(dy, x, weight, problem.stored, chunk=problem.chunk)
 
 
 _matmul.defvjp(_forward, _backward)

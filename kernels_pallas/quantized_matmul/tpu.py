@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import _tpu_decode as decode
 from kernels_pallas.errors import refuse
-from kernels_pallas.formats import Format, Integer, Table
-from kernels_pallas.layouts import Weight, width
+from kernels_pallas.formats import Format, Table
+from kernels_pallas.layouts import Weight, signed_zero, width
 from kernels_pallas.quantized_matmul._tpu_blocks import (
     RESIDENT_BYTES,
     SUBLANES,
@@ -69,7 +69,7 @@ def quantized_matmul(
     blocks = blocks or blocks_for(rows, outputs, inputs, fmt, groups)
     blocks = _clipped(blocks, rows, outputs, inputs, groups)
     x = jnp.pad(x, ((0, -rows % SUBLANES), (0, inputs - x.shape[1])))
-    weight = weight._replace(zero=_zero(weight, fmt))
+    weight = weight._replace(zero=signed_zero(weight, fmt))
     call = _call(x, weight, fmt, jnp.dtype(out_dtype), blocks, interpret)
     return call(x, *(a for a in weight if a is not None))[:rows]
 
@@ -110,14 +110,6 @@ def _clipped(blocks: Blocks, m: int, n: int, k: int, groups: int) -> Blocks:
             rule = f"be a multiple of {units[name]}, or all of {wholes[name]}"
             refuse(_NAME, f"blocks.{name}", rule, size, "Leave it to blocks_for.")
     return dataclasses.replace(blocks, **sizes)
-
-
-def _zero(weight: Weight, fmt: Format) -> jax.Array | None:
-    """Zero points of the layout's signed codes: unsigned ones without are shifted."""
-    shifted = isinstance(fmt, Integer) and not fmt.signed and fmt.bits == width(fmt)
-    if weight.zero is None and shifted:
-        return jnp.full_like(weight.scale, -(2 ** (fmt.bits - 1)))
-    return weight.zero
 
 
 def _call(
@@ -164,6 +156,40 @@ def _kernel(x_ref, words_ref, scale_ref, *refs, fmt, inputs, group, blocks) -> N
     *zero_ref, out_ref, sum_ref = refs
     step = pl.program_id(2)
     last = step == pl.num_programs(2) - 1
+    sides = (scale_ref, zero_ref[0] if zero_ref else None)
+    accumulate(
+        x_ref,
+        words_ref,
+        sides,
+        sum_ref,
+        step,
+        fmt=fmt,
+        inputs=inputs,
+        group=group,
+        blocks=blocks,
+    )
+
+    @pl.when(last)
+    def _() -> None:
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+
+def accumulate(
+    x_ref, words_ref, sides, sum_ref, step, *, fmt, inputs, group, blocks
+) -> None:
+    """Add block `step` of K to a sum, which the first one clears.
+
+    Args:
+      x_ref: ``[m, k]``, or all of K.
+      words_ref: ``int32[k B / 32, n]``.
+      sides: Refs of scales and zero points (or None), ``float32[groups, n]``.
+      sum_ref: ``float32[m, n]``.
+      step: Number of the block.
+      fmt: What the codes stand for.
+      inputs: ``K'``.
+      group: Inputs of a group.
+      blocks: ``k``, and when to scale.
+    """
 
     @pl.when(step == 0)
     def _() -> None:
@@ -174,22 +200,16 @@ def _kernel(x_ref, words_ref, scale_ref, *refs, fmt, inputs, group, blocks) -> N
         start = pl.multiple_of(step * blocks.k, decode.LANES) if whole else 0
         x = x_ref[:, pl.ds(start, length)]
         words = words_ref[: length * width(fmt) // 32]
-        zero = zero_ref[0] if zero_ref else None
         multiply = _scaled_after if blocks.scale_after else _scaled_before
-        sum_ref[...] += multiply(
-            x, words, scale_ref, zero, fmt=fmt, group=min(group, length)
-        )
+        sum_ref[...] += multiply(x, words, *sides, fmt=fmt, group=min(group, length))
 
     tail = inputs % blocks.k
     if tail:
+        last = step == inputs // blocks.k
         pl.when(~last)(lambda: add(blocks.k))
         pl.when(last)(lambda: add(tail))
     else:
         add(blocks.k)
-
-    @pl.when(last)
-    def _() -> None:
-        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
 def _scaled_after(x, words, scale_ref, zero_ref, *, fmt, group) -> jax.Array:

@@ -12,11 +12,11 @@ from kernels_pallas.checks import check_weight
 from kernels_pallas.errors import refuse
 from kernels_pallas.formats import Float8, Integer
 from kernels_pallas.layouts import PORTABLE, Layout, Stored, Weight
-from kernels_pallas.quantized_matmul.api import Choice, chunk_of
+from kernels_pallas.quantized_matmul.api import chunk_of
 from kernels_pallas.quantized_matmul.gradients import cotangent, gradients
 from kernels_pallas.scaled_matmul import tpu, xla
 from kernels_pallas.scaled_matmul.rows import largest, operand_dtype, quantize_rows
-from kernels_pallas.target import Target, current_target
+from kernels_pallas.target import Choice, Target, current_target
 
 
 class _Problem(NamedTuple):
@@ -24,6 +24,7 @@ class _Problem(NamedTuple):
 
     stored: Stored
     fmt: Integer | Float8
+    chunk: int
     dtype: Any
     interpret: Any
 
@@ -188,7 +189,10 @@ def _scaled_matmul(
     )
     dtype = jnp.dtype((jnp.float32 if encoded else x.dtype) if dtype is None else dtype)
     codes, scale, latent = _rounded(x, x_scale, fmt)
-    run = functools.partial(_matmul, problem=_Problem(stored, fmt, dtype, interpret))
+    run = functools.partial(
+        _matmul,
+        problem=_Problem(stored, fmt, chunk_of(stored, target), dtype, interpret),
+    )
     for _ in range(weight.words.ndim - 2):
         run = jax.vmap(run)
     rows = lambda a: a.reshape(*weight.words.shape[:-2], -1, a.shape[-1])
@@ -220,7 +224,7 @@ def _matmul(
     problem: _Problem,
 ) -> jax.Array:
     del latent
-    stored, fmt, dtype, interpret = problem
+    stored, fmt, _, dtype, interpret = problem
     if stored.layout == PORTABLE:
         y = xla.scaled_matmul(codes, scale, weight, fmt)
     else:
@@ -242,9 +246,8 @@ def _forward(
 def _backward(problem: _Problem, residuals: Any, dy: jax.Array) -> Any:
     latent, codes, scale, weight = residuals
     stored = problem.stored
-    chunk = chunk_of(stored.n, stored.k)
     plain = codes.astype(jnp.float32)
-    dx, dw = gradients(dy, plain * scale, weight, stored, chunk=chunk)
+    dx, dw = gradients(dy, plain * scale, weight, stored, chunk=problem.chunk)
     dscale = (dx * plain).sum(-1, keepdims=True)
     return dx.astype(latent.dtype), cotangent(plain * 0, codes), dscale, dw
 

@@ -49,8 +49,16 @@ def _field(words: np.ndarray, layout: layouts.Layout, bits: int, i: int, j: int)
     if layout.name == "tpu":
         row, place = divmod(j * bits, 32)
         return int(words[row, i]) >> place & (2**bits - 1)
-    byte, place = divmod(j * bits, 8)
-    return int(words[i, byte]) >> place & (2**bits - 1)
+    # Strips and blocks of 64; in a block, thread 32 p + 4 r + q and pair 4 s + 2 c + h.
+    (strip, out), (block, inside) = divmod(i, 64), divmod(j, 64)
+    p, h, r = out // 16, out // 8 % 2, out % 8
+    s, c, q, half = inside // 16, inside // 8 % 2, inside // 2 % 4, inside % 2
+    pair, thread = 4 * s + 2 * c + h, 32 * p + 4 * r + q
+    word, place = divmod(pair, 16 // bits)
+    vector = min(bits, 4)
+    a, b = divmod(word, vector)
+    at = block * bits * 128 + vector * (128 * a + thread) + b
+    return int(words[strip, at]) >> (bits * place + 16 * half) & (2**bits - 1)
 
 
 @pytest.mark.parametrize("layout", CHIPS, ids=lambda layout: layout.name)
