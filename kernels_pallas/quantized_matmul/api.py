@@ -13,6 +13,7 @@ from kernels_pallas.formats import Format
 from kernels_pallas.layouts import PORTABLE, Layout, Stored, Weight
 from kernels_pallas.quantized_matmul import gpu, tpu, xla
 from kernels_pallas.quantized_matmul.gradients import gradients
+from kernels_pallas.tables import tuned
 from kernels_pallas.target import Choice, Target, current_target
 
 WHO = "quantized_matmul"
@@ -23,6 +24,7 @@ class _Problem(NamedTuple):
 
     stored: Stored
     choice: Choice
+    settings: Any
     chunk: int
     dtype: Any
     interpret: Any
@@ -84,8 +86,9 @@ def quantized_matmul(
     m = x[(0,) * stack].size // stored.k
     choice = choose(m, stored.n, stored.k, fmt, layout=layout, target=target)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    chunk = chunk_of(stored, target)
-    problem = _Problem(stored, choice, chunk, dtype, interpret)
+    settings = _settings(tuned(target.kind, m, stored), stored.layout)
+    chunk = settings if isinstance(settings, int) else chunk_of(stored, target)
+    problem = _Problem(stored, choice, settings, chunk, dtype, interpret)
     run = functools.partial(_matmul, problem=problem)
     for _ in range(stack):
         run = jax.vmap(run)
@@ -115,17 +118,30 @@ def chunk_of(stored: Stored, target: Target) -> int:
     return max(min(whole // 16, 2**20), 2**17, stored.k)
 
 
+def _settings(found: dict[str, Any] | None, layout: Layout) -> Any:
+    """What a table says, as the form takes it: blocks, a config, or a chunk."""
+    if found is None:
+        return None
+    kinds = {"tpu": tpu.Blocks, "gpu": gpu.Config}
+    return kinds[layout.name](**found) if layout.name in kinds else found["chunk"]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnames=("problem",))
 def _matmul(x: jax.Array, weight: Weight, problem: _Problem) -> jax.Array:
-    stored, choice, chunk, dtype, interpret = problem
+    stored, choice, settings, chunk, dtype, interpret = problem
+    fmt = stored.fmt
     match choice.kernel:
         case "tpu":
             x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
-            y = tpu.quantized_matmul(x, weight, stored.fmt, interpret=interpret)
+            y = tpu.quantized_matmul(
+                x, weight, fmt, blocks=settings, interpret=interpret
+            )
         case "gpu":
-            y = gpu.quantized_matmul(x, weight, stored.fmt, interpret=interpret)
+            y = gpu.quantized_matmul(
+                x, weight, fmt, config=settings, interpret=interpret
+            )
         case _:
-            y = xla.quantized_matmul(x, weight, stored.fmt, chunk=chunk)
+            y = xla.quantized_matmul(x, weight, fmt, chunk=chunk)
     return y[:, : stored.n].astype(dtype)
 
 
