@@ -23,6 +23,7 @@ from jaxcompress.layout import Axes
 from jaxcompress.leaf import Leaf, dequantize
 from jaxcompress.lift import _compat, _control
 from jaxcompress.lift._layout_ops import LAYOUT_OPS, rows, take_rows
+from jaxcompress.lift._pointwise import pointwise_dot
 from jaxcompress.lift._tracked import LiftError, Tracked, dense
 
 Taps = dict[str, Any]
@@ -307,6 +308,15 @@ def _run_dequantized(
     return _compat.bind(eqn, operands)[0], "dequantized"
 
 
+def _run_conv(
+    eqn: Any, w: Tracked, index: int, operands: list[Any]
+) -> tuple[jax.Array, str]:
+    """As a matmul, where the window is one; else dequantized."""
+    assert isinstance(w.value, Leaf)
+    ran = pointwise_dot(eqn, w.value, operands[0])
+    return _run_dequantized(eqn, w, index, operands) if ran is None else ran
+
+
 def _token_axes(eqn: Any) -> tuple[int, ...]:
     """The contracted axes of the activations, without those of the window."""
     if eqn.primitive.name == "conv_general_dilated":
@@ -344,7 +354,7 @@ def _run_gather(
 
 TARGETS: dict[str, Target] = {
     "dot_general": Target(_find_dot, _run_dot),
-    "conv_general_dilated": Target(_find_conv, _run_dequantized),
+    "conv_general_dilated": Target(_find_conv, _run_conv),
     "ragged_dot": Target(_find_ragged, _run_dequantized),
     "ragged_dot_general": Target(_find_ragged, _run_dequantized),
     "gather": Target(_find_gather, _run_gather),

@@ -1,4 +1,4 @@
-"""On a GPU: every operation and format against float64, compiled and not interpreted."""
+"""On a GPU: every operation and format against float64, compiled."""
 
 from __future__ import annotations
 
