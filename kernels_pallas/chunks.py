@@ -19,14 +19,15 @@ def map_rows(f: Callable[[T], jax.Array], rows: T, at_once: int) -> jax.Array:
       rows: A pytree of arrays with the same leading axis.
       at_once: How many rows. Static.
     """
-    head, tail = _cut(rows, at_once)
-    parts = []
-    if head is not None:
-        y = jax.lax.map(f, head)
-        parts.append(y.reshape(-1, *y.shape[2:]))
-    if tail is not None:
-        parts.append(f(tail))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    count, rest = divmod(_length(rows), at_once)
+    if count + (rest > 0) <= 1:
+        return f(rows)
+    if not rest:
+        split = lambda a: a.reshape(count, at_once, *a.shape[1:])
+        return _merge(jax.lax.map(f, jax.tree.map(split, rows)))
+    part = lambda i: f(_cut(rows, i * at_once, at_once))
+    y = _merge(jax.lax.map(part, jnp.arange(count)))
+    return jnp.concatenate([y, f(_tail(rows, rest))])
 
 
 def sum_rows(f: Callable[[T], Any], rows: T, at_once: int) -> Any:
@@ -37,22 +38,27 @@ def sum_rows(f: Callable[[T], Any], rows: T, at_once: int) -> Any:
       rows: As for `map_rows`.
       at_once: How many rows. Static.
     """
-    add = lambda a, b: jax.tree.map(jnp.add, a, b)
-    head, tail = _cut(rows, at_once)
-    if head is None:
+    count, rest = divmod(_length(rows), at_once)
+    if count + (rest > 0) <= 1:
         return f(rows)
-    first = jax.tree.map(lambda a: a[0], head)
-    rest = jax.tree.map(lambda a: a[1:], head)
-    total, _ = jax.lax.scan(lambda t, part: (add(t, f(part)), None), f(first), rest)
-    return total if tail is None else add(total, f(tail))
+    add = lambda total, part: jax.tree.map(jnp.add, total, f(part))
+    step = lambda i, total: add(total, _cut(rows, i * at_once, at_once))
+    total = jax.lax.fori_loop(1, count, step, f(_cut(rows, 0, at_once)))
+    return add(total, _tail(rows, rest)) if rest else total
 
 
-def _cut(rows: T, at_once: int) -> tuple[T | None, T | None]:
-    """Whole chunks ``[count, at_once, ...]`` if there are several, and the rest."""
-    n = len(jax.tree.leaves(rows)[0])
-    count = n // at_once
-    if n <= at_once:
-        return None, rows
-    split = lambda a: a[: count * at_once].reshape(count, at_once, *a.shape[1:])
-    rest = jax.tree.map(lambda a: a[count * at_once :], rows)
-    return jax.tree.map(split, rows), rest if n % at_once else None
+def _merge(y: jax.Array) -> jax.Array:
+    return y.reshape(-1, *y.shape[2:])
+
+
+def _length(rows: Any) -> int:
+    return len(jax.tree.leaves(rows)[0])
+
+
+def _cut(rows: T, start: Any, length: int) -> T:
+    """Sliced where they are used: no copy of the whole."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, length), rows)
+
+
+def _tail(rows: T, length: int) -> T:
+    return jax.tree.map(lambda a: a[a.shape[0] - length :], rows)

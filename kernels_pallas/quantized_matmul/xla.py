@@ -20,12 +20,9 @@ from kernels_pallas.chunks import map_rows, sum_rows
 from kernels_pallas.formats import Format
 from kernels_pallas.layouts import Weight
 
-CHUNK = 2**21
-"""Weights that are dense at a time on a CPU: 8 MB of float32."""
-
 
 def quantized_matmul(
-    x: jax.Array, weight: Weight, fmt: Format, *, chunk: int = CHUNK
+    x: jax.Array, weight: Weight, fmt: Format, *, chunk: int | None = None
 ) -> jax.Array:
     """``x @ dequantize(weight).T``.
 
@@ -33,7 +30,7 @@ def quantized_matmul(
       x: ``float[M, K]``.
       weight: In the portable layout, ``[N, K]``.
       fmt: What its codes stand for. Static.
-      chunk: Weights to dequantize at a time. Static.
+      chunk: Weights to dequantize at a time; None for all. Static.
 
     Returns:
       ``float32[M, N]``.
@@ -42,14 +39,16 @@ def quantized_matmul(
     parts = _parts(x.astype(jnp.float32), weight, fmt)
 
     def rows(weight: Weight) -> jax.Array:
-        dense = _scaled(weight, fmt, k)
-        return _total(_dot(w, x, 1) for w, x in zip(dense, parts, strict=True))
+        whole = weight.scale.shape[-1] == 1
+        dense = _values(weight, fmt, k) if whole else _scaled(weight, fmt, k)
+        y = _total(_dot(w, x, 1) for w, x in zip(dense, parts, strict=True))
+        return y * weight.scale.astype(jnp.float32) if whole else y
 
-    return map_rows(rows, weight, max(1, chunk // k)).T
+    return map_rows(rows, weight, _at_once(weight, k, chunk)).T
 
 
 def input_gradient(
-    dy: jax.Array, weight: Weight, fmt: Format, *, k: int, chunk: int = CHUNK
+    dy: jax.Array, weight: Weight, fmt: Format, *, k: int, chunk: int | None = None
 ) -> jax.Array:
     """``dy @ dequantize(weight)``.
 
@@ -69,13 +68,18 @@ def input_gradient(
         return [_dot(dy, w, 0) for w in _scaled(weight, fmt, k)]
 
     rows_of = (weight, dy.astype(jnp.float32).T)
-    parts = sum_rows(rows, rows_of, max(1, chunk // k))
+    parts = sum_rows(rows, rows_of, _at_once(weight, k, chunk))
     dx = jnp.stack(parts, axis=-1)
     return dx.reshape(dx.shape[0], -1)[:, :k]
 
 
 def scale_gradients(
-    dy: jax.Array, x: jax.Array, weight: Weight, fmt: Format, *, chunk: int = CHUNK
+    dy: jax.Array,
+    x: jax.Array,
+    weight: Weight,
+    fmt: Format,
+    *,
+    chunk: int | None = None,
 ) -> Weight:
     """Cotangents of the scales and zero points.
 
@@ -101,12 +105,17 @@ def scale_gradients(
         return jnp.stack([sums, _total(d.sum(-1) for d in grouped)], axis=1)
 
     rows_of = (weight, dy.astype(jnp.float32).T)
-    found = map_rows(rows, rows_of, max(1, chunk // k))
+    found = map_rows(rows, rows_of, _at_once(weight, k, chunk))
     dscale = found[:, 0].astype(weight.scale.dtype)
     if weight.zero is None:
         return weight._replace(scale=dscale)
     dzero = -found[:, 1] * weight.scale
     return weight._replace(scale=dscale, zero=dzero.astype(weight.zero.dtype))
+
+
+def _at_once(weight: Weight, k: int, chunk: int | None) -> int:
+    """Rows of a chunk."""
+    return weight.words.shape[0] if chunk is None else max(1, chunk // k)
 
 
 def _total(parts: Iterable[jax.Array]) -> jax.Array:
@@ -116,7 +125,12 @@ def _total(parts: Iterable[jax.Array]) -> jax.Array:
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """Contract the same axis of two matrices."""
     dims = (((axis,), (axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision="highest")
+    highest = jax.lax.Precision.HIGHEST
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
+    # On a CPU all float32 products are exact, and slower if told so.
+    return jax.lax.platform_dependent(
+        a, b, cpu=product, default=functools.partial(product, precision=highest)
+    )
 
 
 def _per(weight: Weight, fmt: Format, k: int) -> int:
@@ -144,6 +158,10 @@ def _planes(weight: Weight, fmt: Format, k: int) -> list[jax.Array]:
     if weight.zero is None:
         return values
     return [v - weight.zero.astype(jnp.float32)[..., None] for v in values]
+
+
+def _values(weight: Weight, fmt: Format, k: int) -> list[jax.Array]:
+    return [v.reshape(v.shape[0], -1) for v in _planes(weight, fmt, k)]
 
 
 def _scaled(weight: Weight, fmt: Format, k: int) -> list[jax.Array]:

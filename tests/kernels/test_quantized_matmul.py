@@ -145,7 +145,7 @@ def test_no_dense_weight_exists_on_a_cpu() -> None:
 def test_the_choice_says_what_runs() -> None:
     cpu, v5e = Target("cpu", "cpu"), Target("tpu", "TPU v5 lite")
     large = choose(1, 4096, 4096, formats.INT4, layout=layouts.PORTABLE, target=cpu)
-    assert large == ("xla", "int4 dequantized by planes, 256 outputs at a time")
+    assert large == ("xla", "int4 dequantized by planes, 448 outputs at a time")
     small = choose(1, 64, 64, formats.NF4, layout=layouts.PORTABLE, target=cpu)
     assert small == ("xla", "nf4 dequantized by planes")
     tpu = choose(1, 4096, 4096, formats.INT4, layout=layouts.TPU, target=v5e)
