@@ -75,7 +75,7 @@ def compile_apart(chip: str, name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "kernels_pallas.aot", "--one", chip, name]
         done = subprocess.run(
             [*command, folder],
-            env={**os.environ, **own},
+            env={**os.environ, **own, "JAX_TRACEBACK_FILTERING": "off"},
             capture_output=True,
             text=True,
             check=False,

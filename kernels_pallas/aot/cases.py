@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from kernels_pallas import formats
 from kernels_pallas.aot._dense import dense_matmul
+from kernels_pallas.block_sparse_matmul import BlockSparse
+from kernels_pallas.block_sparse_matmul import tpu as block_sparse
 from kernels_pallas.codebook_matmul import CodebookWeight
 from kernels_pallas.codebook_matmul import tpu as codebook
 from kernels_pallas.formats import Format
 from kernels_pallas.hashed_matmul import Hashing
 from kernels_pallas.hashed_matmul import tpu as hashed
 from kernels_pallas.layouts import GPU, TPU, Layout, Weight
+from kernels_pallas.nm_sparse_matmul import NMSparse
+from kernels_pallas.nm_sparse_matmul import tpu as nm_sparse
 from kernels_pallas.quantized_matmul import gpu, tpu
 from kernels_pallas.ragged_quantized_matmul import tpu as ragged
 from kernels_pallas.scaled_matmul import tpu as scaled
@@ -74,6 +78,8 @@ def _tpu() -> Iterator[tuple[str, Case]]:
     yield "codebook d=8 E=256", _codebook(d=8)
     yield "hashed element, 256 buckets", _hashed((1, 1), 256)
     yield "hashed blocks 128 x 128", _hashed((128, 128), 2**18)
+    yield "block-sparse 128 x 128, a tenth", _block_sparse()
+    yield "2:4 bfloat16", _nm_sparse()
 
 
 def _gpu() -> Iterator[tuple[str, Case]]:
@@ -163,3 +169,24 @@ def _hashed(block: tuple[int, int], buckets: int) -> Case:
         x, table, Hashing(block=block), n=TPU_SIZE
     )
     return Case(run, (_of((16, TPU_SIZE)), _of((buckets,), jnp.float32)))
+
+
+def _block_sparse() -> Case:
+    rows = TPU_SIZE // 128
+    places = -(-rows // 10)
+    values = _of((rows, places, 128, 128))
+    columns = _of((rows, places), jnp.int32)
+    run = lambda x, values, columns: block_sparse.block_sparse_matmul(
+        x, BlockSparse(values, columns), None
+    )
+    return Case(run, (_of((16, TPU_SIZE)), values, columns))
+
+
+def _nm_sparse() -> Case:
+    groups = TPU_SIZE // 4
+    values = _of((2, groups, TPU_SIZE))
+    indices = _of((2, groups * 2 // 32, TPU_SIZE), jnp.int32)
+    run = lambda x, values, indices: nm_sparse.nm_sparse_matmul(
+        x, NMSparse(values, indices), None, n=2, m=4
+    )
+    return Case(run, (_of((16, TPU_SIZE)), values, indices))
