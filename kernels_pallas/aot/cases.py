@@ -54,19 +54,19 @@ def _tpu() -> Iterator[tuple[str, Case]]:
     dense = _of((16, TPU_SIZE)), _of((TPU_SIZE, TPU_SIZE))
     yield "bfloat16", Case(dense_matmul, dense)
     for name, fmt, group in (
-        *(("W4", formats.INT4, group) for group in (None, 32, 64, 128, 256)),
-        *(("W8", formats.INT8, group) for group in (None, 128)),
-        ("W4 zero", formats.UINT4, 128),
-        ("W3", formats.INT3, 128),
-        ("W2", formats.INT2, 128),
-        ("NF4", formats.NF4, 64),
-        ("MXFP4", formats.FP4_E2M1, 32),
-        ("FP8 e4m3", formats.FP8_E4M3, None),
-        ("FP8 e5m2", formats.FP8_E5M2, None),
+        *(("W4A16", formats.INT4, group) for group in (None, 32, 64, 128, 256)),
+        *(("W8A16", formats.INT8, group) for group in (None, 128)),
+        ("W4A16 zero points", formats.UINT4, 128),
+        ("W3A16", formats.INT3, 128),
+        ("W2A16", formats.INT2, 128),
+        ("NF4A16", formats.NF4, 64),
+        ("MXFP4A16", formats.FP4_E2M1, 32),
+        ("FP8A16 e4m3", formats.FP8_E4M3, None),
+        ("FP8A16 e5m2", formats.FP8_E5M2, None),
     ):
         yield _weight_only(name, fmt, group, rows=16, layout=TPU)
     for rows in (1, 128, 512):
-        yield _weight_only("W4", formats.INT4, 128, rows=rows, layout=TPU)
+        yield _weight_only("W4A16", formats.INT4, 128, rows=rows, layout=TPU)
     for name, fmt in (
         ("W8A8", formats.INT8),
         ("W4A8", formats.INT4),
@@ -84,19 +84,19 @@ def _tpu() -> Iterator[tuple[str, Case]]:
 
 def _gpu() -> Iterator[tuple[str, Case]]:
     for name, fmt, group, rows in (
-        *(("W4", formats.INT4, 128, rows) for rows in (1, 16, 32, 64, 256)),
-        ("W4", formats.INT4, 32, 16),
-        ("W4", formats.INT4, None, 16),
-        ("W4 zero", formats.UINT4, 128, 16),
-        ("W8", formats.INT8, 128, 16),
-        ("W8", formats.INT8, None, 16),
-        ("W8", formats.INT8, 128, 256),
-        ("W3", formats.INT3, 128, 16),
-        ("W2", formats.INT2, 128, 16),
-        ("NF4", formats.NF4, 64, 16),
-        ("MXFP4", formats.FP4_E2M1, 32, 16),
-        ("FP8 e4m3", formats.FP8_E4M3, None, 16),
-        ("FP8 e5m2", formats.FP8_E5M2, None, 16),
+        *(("W4A16", formats.INT4, 128, rows) for rows in (1, 16, 32, 64, 256)),
+        ("W4A16", formats.INT4, 32, 16),
+        ("W4A16", formats.INT4, None, 16),
+        ("W4A16 zero points", formats.UINT4, 128, 16),
+        ("W8A16", formats.INT8, 128, 16),
+        ("W8A16", formats.INT8, None, 16),
+        ("W8A16", formats.INT8, 128, 256),
+        ("W3A16", formats.INT3, 128, 16),
+        ("W2A16", formats.INT2, 128, 16),
+        ("NF4A16", formats.NF4, 64, 16),
+        ("MXFP4A16", formats.FP4_E2M1, 32, 16),
+        ("FP8A16 e4m3", formats.FP8_E4M3, None, 16),
+        ("FP8A16 e5m2", formats.FP8_E5M2, None, 16),
     ):
         yield _weight_only(name, fmt, group, rows=rows, layout=GPU)
 
@@ -128,7 +128,7 @@ def _weight_only(
     grain = "channel" if group is None else f"g{group}"
     arrays = tuple(a for a in weight if a is not None)
     case = Case(run, (_of((rows, size)), *arrays))
-    return f"{name}A16 {grain}, {rows} row{'s' * (rows > 1)}", case
+    return f"{name} {grain}, {rows} row{'s' * (rows > 1)}", case
 
 
 def _scaled(fmt: formats.Integer | formats.Float8) -> Case:
