@@ -138,6 +138,15 @@ def test_agrees_with_float64(name: str) -> None:
         check(y[:, :N], x, *made[case.k, case.groups], fmt, case.after)
 
 
+@pytest.mark.parametrize("name", ["int4", "uint3"])
+def test_groups_of_256_run_over_blocks(name: str) -> None:
+    fmt, m, k = FORMATS[name], 3, 2304
+    weight, dense = random_weight(np.random.default_rng(6), fmt, 128, k, 9)
+    x = normal(7, m, k)
+    y = multiply(x, weight, fmt, blocks=Blocks(16, 128, 2048))
+    check(y, x, weight, dense, fmt, True)
+
+
 @pytest.mark.parametrize(
     ("name", "after", "dtype"),
     [("int4", True, jnp.bfloat16), ("fp4_e2m1", False, jnp.float32)],
