@@ -20,6 +20,7 @@ def check_weight(
     groups: int | None,
     layout: Layout,
     target: Target,
+    kernels: tuple[str, ...] = ("tpu",),
 ) -> Stored:
     """What is static about the weight of a matmul.
 
@@ -32,6 +33,7 @@ def check_weight(
       groups: Groups of inputs; None for all that are stored.
       layout: How the weight lies.
       target: The device.
+      kernels: Layouts that the operation has a kernel for.
 
     Raises:
       TypeError: If the words are not the layout's.
@@ -45,11 +47,13 @@ def check_weight(
             f"{words.dtype}. Pack codes by kernels_pallas.packing, then "
             "kernels_pallas.layouts.repack."
         )
-    if layout.name not in ("portable", target.platform):
+    if layout.name != "portable" and (
+        layout.name != target.reads or layout.name not in kernels
+    ):
         refuse(
             who,
             "layout",
-            "be the device's or portable",
+            "be portable, or the device's where it has a kernel",
             f"{layout.name!r} on {target.kind!r}",
             "Undo it by kernels_pallas.layouts.unpack.",
         )
@@ -96,3 +100,14 @@ def _check_sizes(who: str, words: tuple[int, ...], stored: Stored) -> None:
             words,
             "Check that x has the inputs that the weight was packed for.",
         )
+
+
+def check_sides(who: str, weight: Weight, inputs: int, outputs: int) -> None:
+    """Scale and zero point of a chip's layout, ``[G', N']``, fit its words."""
+    _, scale, zero = weight
+    if inputs % scale.shape[0] or scale.shape[1] != outputs:
+        rule = f"be [G', {outputs}], G' a divisor of K' = {inputs}"
+        refuse(who, "weight.scale", rule, scale.shape, "Pack by layouts.repack.")
+    if zero is not None and zero.shape != scale.shape:
+        rule = f"have the shape of weight.scale, {scale.shape}"
+        refuse(who, "weight.zero", rule, zero.shape, "Broadcast it.")

@@ -19,11 +19,15 @@ class Target(NamedTuple):
     kind: str
 
     @property
-    def runs_mosaic_gpu(self) -> bool:
-        """Whether Pallas Mosaic GPU's Hopper instructions exist."""
-        return self.platform == "gpu" and any(
-            name in self.kind for name in ("H100", "H200", "H800", "GH200")
-        )
+    def reads(self) -> str:
+        """Name of the layout that kernels for this device read.
+
+        Those for GPUs are written in Hopper's instructions, and need jax 0.11.
+        """
+        hopper = any(name in self.kind for name in ("H100", "H200", "H800", "GH200"))
+        if self.platform == "gpu" and hopper and jax.__version_info__ >= (0, 11):
+            return "gpu"
+        return "tpu" if self.platform == "tpu" else "portable"
 
 
 class Choice(NamedTuple):
@@ -51,7 +55,7 @@ def current_target() -> Target:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         return Target(_platform(abstract.platform), abstract.device_kind)
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = getattr(jax.config, "jax_default_device", None)
     if isinstance(device, str):
         device = jax.devices(device)[0]
     device = jax.devices()[0] if device is None else device

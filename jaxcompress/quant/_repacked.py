@@ -60,10 +60,7 @@ def repack(params: Any, to: str | None = None) -> Any:
       >>> bool((turned.materialize() == leaf.materialize()).all())
       True
     """
-    if to is None:
-        target = current_target()
-        has_kernels = target.platform == "tpu" or target.runs_mosaic_gpu
-        to = target.platform if has_kernels else "portable"
+    to = current_target().reads if to is None else to
     if to not in LAYOUTS:
         raise ValueError(
             f"repack: to must be one of {sorted(LAYOUTS)}; got {to!r}. The default is "
@@ -222,7 +219,7 @@ class RepackedArray(Leaf):
         if (
             site is None
             or tuple(s for _, s in site.batch) != stack
-            or self.device != current_target().platform
+            or self.device != current_target().reads
             or not jnp.issubdtype(x.dtype, jnp.floating)
         ):
             return dense_dot_general(

@@ -80,7 +80,15 @@ def quantized_matmul(
             "int8_matmul."
         )
     stored = check_weight(
-        WHO, x, weight, fmt, n=n, groups=groups, layout=layout, target=target
+        WHO,
+        x,
+        weight,
+        fmt,
+        n=n,
+        groups=groups,
+        layout=layout,
+        target=target,
+        kernels=("tpu", "gpu"),
     )
     stack = weight.words.ndim - 2
     m = x[(0,) * stack].size // stored.k

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import _gpu_words
+from kernels_pallas.checks import check_sides
 from kernels_pallas.errors import refuse
 from kernels_pallas.formats import Float8, Format, Integer, Table
 from kernels_pallas.layouts import Weight, signed_zero, width
@@ -146,7 +147,7 @@ def _launch(problem: Problem, interpret: Any) -> Any:
 
 
 def _check(x: jax.Array, weight: Weight, fmt: Format) -> None:
-    words, scale, zero = weight
+    words = weight.words
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(
             f"{_NAME}: x must be bfloat16, float16 or float32; got {x.dtype}. "
@@ -160,12 +161,7 @@ def _check(x: jax.Array, weight: Weight, fmt: Format) -> None:
         rule = f"be int32[N' / 64, 2 K' {width(fmt)}], 128 | K' >= {x.shape[1]}"
         got = f"{words.dtype}{list(words.shape)}"
         refuse(_NAME, "weight.words", rule, got, "Pack by layouts.repack.")
-    if inputs % scale.shape[0] or scale.shape[1] != outputs:
-        rule = f"be [G', {outputs}], G' a divisor of K' = {inputs}"
-        refuse(_NAME, "weight.scale", rule, scale.shape, "Pack by layouts.repack.")
-    if zero is not None and zero.shape != scale.shape:
-        rule = f"have the shape of weight.scale, {scale.shape}"
-        refuse(_NAME, "weight.zero", rule, zero.shape, "Broadcast it.")
+    check_sides(_NAME, weight, inputs, outputs)
 
 
 def _check_format(fmt: Format) -> None:

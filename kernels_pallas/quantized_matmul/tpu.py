@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import _tpu_decode as decode
+from kernels_pallas.checks import check_sides
 from kernels_pallas.errors import refuse
 from kernels_pallas.formats import Format, Table
 from kernels_pallas.layouts import Weight, signed_zero, width
@@ -63,7 +64,7 @@ def quantized_matmul(
       Frantar et al., `MARLIN <https://arxiv.org/abs/2408.11743>`_, 2024, for the aim:
       a weight-only matmul at the rate of the memory.
     """
-    _check(x, weight, fmt)
+    check(x, weight, fmt)
     rows, inputs = x.shape[0], weight.words.shape[0] * 32 // width(fmt)
     groups, outputs = weight.scale.shape
     blocks = blocks or blocks_for(rows, outputs, inputs, fmt, groups)
@@ -74,8 +75,9 @@ def quantized_matmul(
     return call(x, *(a for a in weight if a is not None))[:rows]
 
 
-def _check(x: jax.Array, weight: Weight, fmt: Format) -> None:
-    bits, (words, scale, zero) = width(fmt), weight
+def check(x: jax.Array, weight: Weight, fmt: Format) -> None:
+    """Raise what `quantized_matmul` says it raises of its operands."""
+    bits, words = width(fmt), weight.words
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(
             f"{_NAME}: x must be bfloat16 or float32; got {x.dtype}. Convert it."
@@ -92,12 +94,7 @@ def _check(x: jax.Array, weight: Weight, fmt: Format) -> None:
         rule = f"be int32[K' {bits} / 32, N'], K' >= {x.shape[1]}"
         got = f"{words.dtype}{list(words.shape)}"
         refuse(_NAME, "weight.words", rule, got, "Pack by layouts.repack(to=TPU).")
-    if inputs % scale.shape[0] or scale.shape[1] != outputs:
-        rule = f"be [G', {outputs}], G' a divisor of K' = {inputs}"
-        refuse(_NAME, "weight.scale", rule, scale.shape, "Pack by layouts.repack.")
-    if zero is not None and zero.shape != scale.shape:
-        rule = f"have the shape of weight.scale, {scale.shape}"
-        refuse(_NAME, "weight.zero", rule, zero.shape, "Broadcast it.")
+    check_sides(_NAME, weight, inputs, outputs)
 
 
 def _clipped(blocks: Blocks, m: int, n: int, k: int, groups: int) -> Blocks:

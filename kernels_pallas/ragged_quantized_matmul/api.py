@@ -129,6 +129,7 @@ def _matmul(
     if stored.layout == PORTABLE:
         y = xla.ragged_quantized_matmul(x, weight, group_sizes, stored.fmt, chunk=chunk)
     else:
+        x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
         y = tpu.ragged_quantized_matmul(
             x, weight, group_sizes, stored.fmt, interpret=interpret
         )

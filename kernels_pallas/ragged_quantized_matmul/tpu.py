@@ -42,6 +42,7 @@ def ragged_quantized_matmul(
     Returns:
       ``float32[M, N']``.
     """
+    tpu.check(x, jax.tree.map(lambda a: a[0], weight), fmt)
     m = x.shape[0]
     inputs = weight.words.shape[1] * 32 // width(fmt)
     groups, outputs = weight.scale.shape[1:]

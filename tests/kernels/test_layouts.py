@@ -72,7 +72,7 @@ def test_a_code_is_where_the_layout_says(layout: layouts.Layout, name: str) -> N
     for i, j in [(0, 0), (4, 191), (2, 33), (3, 100)]:
         code, group = _field(words, layout, bits, i, j), j // (K // GROUPS)
         if name == "nf4":
-            value = fmt.values[code]  # type: ignore[union-attr]
+            value = fmt.values[code]
         else:
             value = code - 2**bits * (code >= 2 ** (bits - 1))
         offset = 0.0 if zero is None else float(zero[group, i])

@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_dense_matmul(name: str, chunk: int) -> None:
 def test_a_zero_point_that_floats_has_a_gradient() -> None:
     fmt = FORMATS["uint4"]
     weight, _ = random_weight(np.random.default_rng(6), fmt, N, K, 3)
-    weight = weight._replace(zero=weight.zero.astype(jnp.float32))  # type: ignore[union-attr]
+    weight = weight._replace(zero=weight.zero.astype(jnp.float32))
     x, dy = normal(7, 2, 3, K), normal(8, 2, 3, N)
     plain = lambda x, w: reference.quantized_matmul(x.reshape(-1, K), w, fmt)
 
@@ -142,6 +142,18 @@ def test_no_dense_weight_exists_on_a_cpu() -> None:
     assert f"f32[{n},{n}]" not in compiled.as_text()
 
 
+def test_a_device_reads_a_layout_only_if_its_kernels_run() -> None:
+    kinds = {"TPU v6 lite": "tpu", "NVIDIA H200": "gpu", "NVIDIA A100": "gpu"}
+    found = {kind: Target(p, kind).reads for kind, p in kinds.items()}
+    new = jax.__version_info__ >= (0, 11)
+    assert found == {
+        "TPU v6 lite": "tpu",
+        "NVIDIA H200": "gpu" if new else "portable",
+        "NVIDIA A100": "portable",
+    }
+    assert Target("cpu", "cpu").reads == "portable"
+
+
 def test_the_choice_says_what_runs() -> None:
     cpu, v5e = Target("cpu", "cpu"), Target("tpu", "TPU v5 lite")
     large = choose(1, 4096, 4096, formats.INT4, layout=layouts.PORTABLE, target=cpu)
@@ -169,7 +181,7 @@ WRONG = {
             layouts.repack(w, FORMATS["int4"], n=N, k=K, to=layouts.TPU),
             {"layout": layouts.TPU},
         ),
-        "layout must be the device's or portable; got 'tpu'",
+        "layout must be portable, or the device's.*got 'tpu'",
     ),
     "other inputs": (
         lambda w: (np.ones((2, K + 3), np.float32), w, {}),

@@ -18,6 +18,7 @@ from kernels_pallas.ragged_quantized_matmul import (
     visits,
     xla,
 )
+from kernels_pallas.target import Target
 from tests.kernels.weights import FORMATS, matmul_bound, random_weight
 
 N, K, EXPERTS = 13, 256, 4
@@ -112,7 +113,7 @@ def test_visits_cover_every_row_of_every_expert_once() -> None:
 def test_gradients_are_those_of_the_reference() -> None:
     fmt = FORMATS["uint4"]
     weight, _ = experts_of(fmt, 2)
-    weight = weight._replace(zero=weight.zero.astype(jnp.float32))  # type: ignore[union-attr]
+    weight = weight._replace(zero=weight.zero.astype(jnp.float32))
     sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
     x, dy = normal(2, M, K), normal(3, M, N)
 
@@ -126,6 +127,25 @@ def test_gradients_are_those_of_the_reference() -> None:
 
     for a, b in zip(*run(x, weight.scale, weight.zero), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max())
+
+
+def test_the_kernel_takes_half_precision_and_refuses_large_tables() -> None:
+    fmt, v5e = formats.INT4, Target("tpu", "TPU v5 lite")
+    weight, dense = experts_of(fmt, 2)
+    repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
+    packed = jax.jit(jax.vmap(repack))(weight)
+    x = jnp.asarray(normal(5, M, K), jnp.float16)
+    sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
+    options: Any = {"n": N, "layout": layouts.TPU, "target": v5e, "interpret": True}
+    y = ragged_quantized_matmul(x, packed, sizes, fmt, **options)
+    assert y.dtype == jnp.float16
+    rows = own(SIZES["uneven"], dense)
+    exact = np.einsum("mk,mnk->mn", np.asarray(x, np.float64), rows)
+    np.testing.assert_allclose(y, exact, rtol=2**-11, atol=1e-3)
+    wide = formats.Table(tuple(map(float, range(17))), name="wide")
+    eight = packed._replace(words=jnp.tile(packed.words, (1, 2, 1)))
+    with pytest.raises(NotImplementedError, match=r"at most 16 entries; got 17"):
+        ragged_quantized_matmul(x, eight, sizes, wide, **options)
 
 
 WEIGHT = experts_of(formats.INT4, 2)[0]

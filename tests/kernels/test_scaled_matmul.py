@@ -19,6 +19,7 @@ from kernels_pallas.scaled_matmul import (
     tpu,
     xla,
 )
+from kernels_pallas.target import Target
 from tests.kernels.weights import FORMATS, random_weight
 
 N, K = 13, 256
@@ -214,6 +215,13 @@ def test_bad_input_is_named(case: str) -> None:
         int8_matmul(x, weight, fmt, **options)
 
 
+def test_a_layout_without_a_kernel_is_refused() -> None:
+    packed = layouts.repack(WEIGHT, formats.INT4, n=N, k=K, to=layouts.GPU)
+    h200 = Target("gpu", "NVIDIA H200")
+    with pytest.raises(ValueError, match=r"layout must be portable.*got 'gpu'"):
+        int8_matmul(X, packed, formats.INT4, n=N, layout=layouts.GPU, target=h200)
+
+
 def test_fp8_refuses_other_formats() -> None:
     with pytest.raises(ValueError, match=r"fp8_matmul: fmt must be fp8.*got int4"):
-        fp8_matmul(X, WEIGHT, formats.INT4)  # type: ignore[arg-type]
+        fp8_matmul(X, WEIGHT, formats.INT4)

@@ -111,6 +111,14 @@ def test_gradients_reach_what_is_before_a_frozen_base() -> None:
     np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
+@pytest.mark.parametrize(("rows", "how"), [(32, "by planes"), (33, "dequantized dot")])
+def test_many_rows_of_a_small_weight_are_multiplied_dense(rows: int, how: str) -> None:
+    leaf = jax.eval_shape(lambda w: q.quantize(w, q.int8()), normal(8, K, N))
+    x = jax.ShapeDtypeStruct((rows, K), jnp.float32)
+    (site,) = jc.explain(lambda w, x: x @ w, leaf, x)
+    assert how in site.how
+
+
 def test_every_element_has_a_kernel_format() -> None:
     elements = {fmt.element for fmt in FORMATS.values()}
     elements |= {q.binary().element, q.ternary().element, q.mxfp8().element}
