@@ -2,8 +2,8 @@
 
 from ._bitmask import BitmaskArray as BitmaskArray
 from ._masked import MaskedArray as MaskedArray
-from ._prune import PruneState as PruneState
 from ._prune import magnitude as magnitude
 from ._prune import random as random
 from ._threshold import lowest as lowest
-from ._threshold import magnitude_rank as magnitude_rank
+from ._threshold import rank as rank
+from ._training import PruneState as PruneState

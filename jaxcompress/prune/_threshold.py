@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 
 
-def magnitude_rank(w: jax.Array) -> jax.Array:
-    """``uint32`` that orders weights by magnitude.
+def rank(score: jax.Array) -> jax.Array:
+    """``uint32`` in the order of ``float32`` scores; both zeros rank alike.
 
-    The bit patterns of positive floats, as integers, are in the order of their
-    values; infinities and NaN do not occur.
+    The bit patterns of positive floats, as integers, are in the order of their values,
+    those of negative ones in the opposite order. NaN does not occur.
     """
-    return jax.lax.bitcast_convert_type(jnp.abs(w.astype(jnp.float32)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(score, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 @functools.partial(jax.jit, static_argnames="stack")  # One compilation a shape.

@@ -1,0 +1,126 @@
+"""What all pruning in training shares: masks in the state, zeros in the params."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.layout import Axes, resolve_axes
+from jaxcompress.prune._masked import MaskedArray
+from jaxcompress.prune._pattern import ByPath, Pattern
+from jaxcompress.transform import (
+    Site,
+    Transform,
+    check_weights,
+    for_values,
+    map_values,
+)
+
+AxesOption = Axes | int | tuple[int, ...] | None
+Score = Callable[[jax.Array, Site], jax.Array]
+"""``(weight, where it stands) -> float32`` of its shape; the lowest are pruned."""
+
+
+class PruneState(NamedTuple):
+    """State of a pruning transform.
+
+    Attributes:
+      masks: By path, a boolean array for each value; true where kept.
+      step: ``int32`` updates so far.
+    """
+
+    masks: dict[str, tuple[jax.Array, ...]]
+    step: jax.Array
+
+
+def masked_training(
+    first: Callable[[Any, ByPath], Any],
+    following: Callable[[Any, ByPath, PruneState, jax.Array], Any],
+    pattern: Pattern,
+    *,
+    by: str,
+    axes: AxesOption,
+) -> Transform:
+    """A transform that holds weights at zero under masks that may change.
+
+    Args:
+      first: ``(params, roles) -> masks`` at step 0.
+      following: ``(params, roles, state, step) -> masks`` after an update.
+      pattern: How the result is stored.
+      by: Name of the transform, for errors.
+      axes: Contracting axes of the weights, where they are stated.
+    """
+
+    def role(w: Any, site: Site) -> Axes:
+        stated = axes if axes is not None else site.axes
+        return resolve_axes(w.shape, stated, who=by, path=site.path)
+
+    def mask(state: PruneState, site: Site) -> jax.Array:
+        return state.masks[site.path][site.number]
+
+    def init(params: Any) -> tuple[Any, PruneState]:
+        check_weights(params, who=by)
+        masks = first(params, for_values(role, params))
+        return params, PruneState(masks, jnp.zeros((), jnp.int32))
+
+    def view(params: Any, state: PruneState) -> Any:
+        return map_values(
+            lambda w, site: MaskedArray(inner=w, mask=mask(state, site)), params, by=by
+        )
+
+    def update(params: Any, state: PruneState, **extra: Any) -> tuple[Any, PruneState]:
+        del extra
+        step = state.step + 1
+        masks = following(params, for_values(role, params), state, step)
+        state = PruneState(masks, step)
+
+        def hold(w: jax.Array, site: Site) -> jax.Array:
+            return jnp.where(mask(state, site), w, jnp.zeros_like(w))
+
+        return map_values(hold, params, by=by), state
+
+    def compress(params: Any, state: PruneState) -> Any:
+        def apply(w: jax.Array, site: Site) -> Any:
+            leaf = MaskedArray(inner=w, mask=mask(state, site))
+            return pattern.store(leaf, role(w, site))
+
+        return map_values(apply, params, by=by)
+
+    return Transform(init, view, update, compress)
+
+
+def by_score(
+    score: Score, pattern: Pattern, *, by: str, every: int, axes: AxesOption
+) -> Transform:
+    """Prune the weights of lowest score; what is pruned stays pruned."""
+    check_every(every, by)
+
+    def first(params: Any, roles: ByPath) -> Any:
+        return pattern.keep(for_values(score, params), roles, jnp.int32(0))
+
+    def following(
+        params: Any, roles: ByPath, state: PruneState, step: jax.Array
+    ) -> Any:
+        if not pattern.scheduled:
+            return state.masks
+
+        def among(w: jax.Array, site: Site) -> jax.Array:
+            kept = state.masks[site.path][site.number]
+            return jnp.where(kept, score(w, site), -jnp.inf)
+
+        def renew() -> Any:
+            masks = pattern.keep(for_values(among, params), roles, step)
+            return jax.tree.map(jnp.logical_and, masks, state.masks)
+
+        return jax.lax.cond(step % every == 0, renew, lambda: state.masks)
+
+    return masked_training(first, following, pattern, by=by, axes=axes)
+
+
+def check_every(every: int, by: str) -> None:
+    """Refuse a period below one update."""
+    if every < 1:
+        raise ValueError(f"{by}: every must be at least 1 update; got {every}.")
