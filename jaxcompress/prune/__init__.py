@@ -2,6 +2,7 @@
 
 from ._bitmask import BitmaskArray as BitmaskArray
 from ._masked import MaskedArray as MaskedArray
+from ._pattern import Pattern as Pattern
 from ._prune import magnitude as magnitude
 from ._prune import random as random
 from ._threshold import lowest as lowest

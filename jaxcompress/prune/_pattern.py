@@ -124,3 +124,20 @@ def check_sparsity(sparsity: float | Schedule, who: str) -> None:
             f"{who}: sparsity is the fraction pruned and must be in [0, 1); got "
             f"{sparsity}."
         )
+
+
+def as_pattern(sparsity: float | Schedule | Pattern, scope: Scope, who: str) -> Pattern:
+    """The pattern of a ``sparsity=`` option: a fraction means weights alone.
+
+    Raises:
+      ValueError: If an option is out of range, or `scope` is given to a pattern that
+        fixes how many weights of each group are kept.
+    """
+    if not isinstance(sparsity, Pattern):
+        return Unstructured(sparsity, scope, who)
+    if scope != "layer":
+        raise ValueError(
+            f"{who}: scope is an option of a fraction; a pattern has its own. Got "
+            f"scope={scope!r} and {sparsity}."
+        )
+    return sparsity

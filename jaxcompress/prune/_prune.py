@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.prune._pattern import Scope, Unstructured
+from jaxcompress.prune._pattern import Pattern, Scope, as_pattern
 from jaxcompress.prune._training import AxesOption, by_score
 from jaxcompress.schedules import Schedule
 from jaxcompress.transform import Site, Transform, leaf_key
@@ -13,7 +13,7 @@ from jaxcompress.transform import Site, Transform, leaf_key
 
 def magnitude(
     *,
-    sparsity: float | Schedule,
+    sparsity: float | Schedule | Pattern,
     scope: Scope = "layer",
     every: int = 1,
     axes: AxesOption = None,
@@ -25,7 +25,7 @@ def magnitude(
 
     Args:
       sparsity: Fraction pruned, in [0, 1); or a schedule of it, from
-        `jaxcompress.schedules`.
+        `jaxcompress.schedules`; or a `Pattern`.
       scope: ``"layer"``: of every weight (of every layer of a scanned stack);
         ``"global"``: of all weights given to the transform together.
       every: Updates between two changes of the masks.
@@ -48,7 +48,7 @@ def magnitude(
       (gradual). Differs: pruned weights do not come back.
     """
     by = "prune.magnitude"
-    pattern = Unstructured(sparsity, scope, by)
+    pattern = as_pattern(sparsity, scope, by)
     return by_score(
         lambda w, site: jnp.abs(w.astype(jnp.float32)),
         pattern,
@@ -60,7 +60,7 @@ def magnitude(
 
 def random(
     *,
-    sparsity: float | Schedule,
+    sparsity: float | Schedule | Pattern,
     key: jax.Array,
     scope: Scope = "layer",
     every: int = 1,
@@ -83,5 +83,5 @@ def random(
     def score(w: jax.Array, site: Site) -> jax.Array:
         return jax.random.uniform(leaf_key(key, site), w.shape, jnp.float32)
 
-    pattern = Unstructured(sparsity, scope, by)
+    pattern = as_pattern(sparsity, scope, by)
     return by_score(score, pattern, by=by, every=every, axes=axes)

@@ -30,15 +30,17 @@ class PruneState(NamedTuple):
     Attributes:
       masks: By path, a boolean array for each value; true where kept.
       step: ``int32`` updates so far.
+      memory: What else the transform remembers: accumulated scores, a snapshot.
     """
 
     masks: dict[str, tuple[jax.Array, ...]]
     step: jax.Array
+    memory: Any = ()
 
 
 def masked_training(
-    first: Callable[[Any, ByPath], Any],
-    following: Callable[[Any, ByPath, PruneState, jax.Array], Any],
+    first: Callable[[Any, ByPath], PruneState],
+    following: Callable[[Any, Any, ByPath, PruneState], PruneState],
     pattern: Pattern,
     *,
     by: str,
@@ -47,8 +49,9 @@ def masked_training(
     """A transform that holds weights at zero under masks that may change.
 
     Args:
-      first: ``(params, roles) -> masks`` at step 0.
-      following: ``(params, roles, state, step) -> masks`` after an update.
+      first: ``(params, roles) -> state`` at step 0.
+      following: ``(params, grads, roles, state) -> state`` after an update; the state
+        it gets has the new step, the gradients may be None.
       pattern: How the result is stored.
       by: Name of the transform, for errors.
       axes: Contracting axes of the weights, where they are stated.
@@ -63,19 +66,19 @@ def masked_training(
 
     def init(params: Any) -> tuple[Any, PruneState]:
         check_weights(params, who=by)
-        masks = first(params, for_values(role, params))
-        return params, PruneState(masks, jnp.zeros((), jnp.int32))
+        return params, first(params, for_values(role, params))
 
     def view(params: Any, state: PruneState) -> Any:
         return map_values(
             lambda w, site: MaskedArray(inner=w, mask=mask(state, site)), params, by=by
         )
 
-    def update(params: Any, state: PruneState, **extra: Any) -> tuple[Any, PruneState]:
+    def update(
+        params: Any, state: PruneState, *, grads: Any = None, **extra: Any
+    ) -> tuple[Any, PruneState]:
         del extra
-        step = state.step + 1
-        masks = following(params, for_values(role, params), state, step)
-        state = PruneState(masks, step)
+        state = state._replace(step=state.step + 1)
+        state = following(params, grads, for_values(role, params), state)
 
         def hold(w: jax.Array, site: Site) -> jax.Array:
             return jnp.where(mask(state, site), w, jnp.zeros_like(w))
@@ -98,24 +101,27 @@ def by_score(
     """Prune the weights of lowest score; what is pruned stays pruned."""
     check_every(every, by)
 
-    def first(params: Any, roles: ByPath) -> Any:
-        return pattern.keep(for_values(score, params), roles, jnp.int32(0))
+    def first(params: Any, roles: ByPath) -> PruneState:
+        step = jnp.zeros((), jnp.int32)
+        return PruneState(pattern.keep(for_values(score, params), roles, step), step)
 
     def following(
-        params: Any, roles: ByPath, state: PruneState, step: jax.Array
-    ) -> Any:
+        params: Any, grads: Any, roles: ByPath, state: PruneState
+    ) -> PruneState:
+        del grads
         if not pattern.scheduled:
-            return state.masks
+            return state
 
         def among(w: jax.Array, site: Site) -> jax.Array:
             kept = state.masks[site.path][site.number]
             return jnp.where(kept, score(w, site), -jnp.inf)
 
         def renew() -> Any:
-            masks = pattern.keep(for_values(among, params), roles, step)
+            masks = pattern.keep(for_values(among, params), roles, state.step)
             return jax.tree.map(jnp.logical_and, masks, state.masks)
 
-        return jax.lax.cond(step % every == 0, renew, lambda: state.masks)
+        due = state.step % every == 0
+        return state._replace(masks=jax.lax.cond(due, renew, lambda: state.masks))
 
     return masked_training(first, following, pattern, by=by, axes=axes)
 
