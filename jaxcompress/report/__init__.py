@@ -8,6 +8,11 @@ from ._language import mean_nll as mean_nll
 from ._language import perplexity as perplexity
 from ._language import top1_agreement as top1_agreement
 from ._plots import histograms as histograms
+from ._plots import layers as layers
+from ._plots import overlaps as overlaps
+from ._pruning import PruningReport as PruningReport
+from ._pruning import PruningRow as PruningRow
+from ._pruning import pruning as pruning
 from ._sensitivity import SensitivityReport as SensitivityReport
 from ._sensitivity import SensitivityRow as SensitivityRow
 from ._sensitivity import relative_change as relative_change

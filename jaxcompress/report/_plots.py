@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from jaxcompress.leaf import Leaf, materialize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from jaxcompress.report._pruning import PruningReport
 
 
 def histograms(
@@ -62,12 +65,64 @@ def histograms(
     return figure
 
 
+def layers(report: PruningReport) -> Figure:
+    """Weights and operations of every layer, before and after pruning.
+
+    Args:
+      report: From `pruning`.
+
+    Returns:
+      A figure with a bar for each weight that a matmul or convolution uses.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+    """
+    rows = [r for r in report.rows if r.flops][::-1]
+    Figure = _figure()
+    figure = Figure(figsize=(9.6, 1.2 + 0.24 * len(rows)), layout="constrained")
+    places = np.arange(len(rows))
+    for axis, name in zip(
+        figure.subplots(1, 2, sharey=True), ("weights", "flops"), strict=True
+    ):
+        axis.barh(places, [getattr(r, name) for r in rows], label="before", alpha=0.4)
+        left = [getattr(r, f"{name}_left") for r in rows]
+        axis.barh(places, left, label="after")
+        axis.set(xlabel=name, yticks=places, yticklabels=[r.path for r in rows])
+        axis.legend()
+    return figure
+
+
+def overlaps(history: Mapping[int, Mapping[str, float]]) -> Figure:
+    """How far masks have moved from the first ones, over time.
+
+    Args:
+      history: By step, by path: what `jaxcompress.prune.mask_overlap` gives for the
+        masks of that step and those of the first.
+
+    Returns:
+      A figure with a line for each path.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+      ValueError: If `history` is empty.
+    """
+    if not history:
+        raise ValueError("overlaps: history must have at least one step; got none.")
+    axis = (figure := _figure()(layout="constrained")).subplots()
+    for path in next(iter(history.values())):
+        values = [float(overlap[path]) for overlap in history.values()]
+        axis.plot(list(history), values, label=path)
+    axis.set(xlabel="step", ylabel="overlap", ylim=(0, 1.05))
+    axis.legend()
+    return figure
+
+
 def _figure() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "histograms: pictures need matplotlib; install jaxcompress with the extra "
+            "report: pictures need matplotlib; install jaxcompress with the extra "
             "'plots'."
         ) from error
     return Figure

@@ -1,0 +1,1 @@
+"""Structured removal: smaller dense models, by what the traced program couples."""
