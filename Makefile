@@ -9,6 +9,8 @@ AOT := .venv-aot
 PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python; do \
   "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 PIP_OPTIONS := --quiet --disable-pip-version-check
+# A file of tests stays on one worker, which compiles what its tests share once.
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: demo test test-newest lint coverage slow bench aot gpu float-scores clean
 
@@ -16,7 +18,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/python -m experiments.digits.run
 
 test: lint $(VENV)/.ready-models
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -29,11 +31,11 @@ ifeq ($(strip $(PYTHON312)),)
 else
 	@$(MAKE) --no-print-directory $(NEWEST)/.ready-models
 	$(NEWEST)/bin/python -c "import jax; print('jax', jax.__version__)"
-	$(NEWEST)/bin/python -m pytest -n 2
+	$(NEWEST)/bin/python -m pytest $(WORKERS)
 endif
 
 coverage: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -n 2 --cov=jaxcompress --cov=kernels_pallas --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest $(WORKERS) --cov=jaxcompress --cov=kernels_pallas --cov-report=term-missing:skip-covered
 
 slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow

@@ -62,7 +62,47 @@ def cubic(initial: float, final: float, *, begin: int, end: int) -> Schedule:
     return _power(initial, final, begin, end, 3)
 
 
+def cosine(initial: float, final: float, *, begin: int, end: int) -> Schedule:
+    r"""Slow at both ends.
+
+    .. math:: s_t = s_f + \frac{s_i - s_f}{2}
+       \left(1 + \cos \frac{\pi (t - t_0)}{t_1 - t_0}\right)
+
+    Args:
+      initial: Value up to step `begin`.
+      final: Value from step `end` on.
+      begin: First step of the ramp.
+      end: Last step of the ramp.
+
+    Raises:
+      ValueError: If `end` is not after `begin`.
+
+    Examples:
+      >>> [float(cosine(0.5, 0.0, begin=0, end=2)(jnp.array(s))) for s in (0, 1, 2)]
+      [0.5, 0.24999..., 0.0]
+
+    References:
+      Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020,
+      section 3 (from alpha to 0, as the fraction of weights that is dropped).
+    """
+
+    def left(done: jax.Array) -> jax.Array:
+        return jnp.where(done < 1.0, 0.5 * (1.0 + jnp.cos(jnp.pi * done)), 0.0)
+
+    return _ramp(initial, final, begin, end, left)
+
+
 def _power(initial: float, final: float, begin: int, end: int, power: int) -> Schedule:
+    return _ramp(initial, final, begin, end, lambda done: (1.0 - done) ** power)
+
+
+def _ramp(
+    initial: float,
+    final: float,
+    begin: int,
+    end: int,
+    left: Callable[[jax.Array], jax.Array],
+) -> Schedule:
     if end <= begin:
         raise ValueError(
             f"schedule: end must be after begin; got begin={begin}, end={end}. For a "
@@ -70,8 +110,7 @@ def _power(initial: float, final: float, begin: int, end: int, power: int) -> Sc
         )
 
     def schedule(step: jax.Array) -> jax.Array:
-        done = jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
-        left = (1.0 - done.astype(jnp.float32)) ** power
-        return jnp.float32(final) + jnp.float32(initial - final) * left
+        done = jnp.clip((step - begin) / (end - begin), 0.0, 1.0).astype(jnp.float32)
+        return jnp.float32(final) + jnp.float32(initial - final) * left(done)
 
     return schedule

@@ -22,6 +22,8 @@ class Case:
     keeps_zeros: bool = True
     adapts: bool = False
     """Trains beside a frozen weight: zeros hold at the start, a mask cannot precede."""
+    once: bool = False
+    """Cannot follow itself."""
 
     def __str__(self) -> str:
         named = {k: getattr(v, "name", v) for k, v in self.options.items()}
@@ -57,6 +59,24 @@ def calibrated() -> jc.Transform:
     x = jax.random.normal(jax.random.key(3), (8, 128))
     stats = {path: statistics(x) for path in ("matrix", "stack")}
     return jc.quant.calibrated(jc.presets.FP8, stats)
+
+
+def iterative() -> jc.Transform:
+    """After its only round: before it nothing is pruned."""
+    scheme = jc.prune.iterative(rate=0.5, rounds=1, every=1)
+    return scheme._replace(init=lambda params: scheme.update(*scheme.init(params)))
+
+
+def by_scores() -> jc.Transform:
+    """Random scores of the weights of the laws."""
+    draw = lambda *shape: jax.random.normal(jax.random.key(7), shape)
+    given = {"matrix": draw(128, 128), "stack": draw(3, 128, 128)}
+    return jc.prune.by_scores(given, sparsity=0.4)
+
+
+def taylor() -> jc.Transform:
+    """At its end from the start."""
+    return jc.prune.taylor(sparsity=jc.schedules.constant(0.5))
 
 
 VARIANTS = (
@@ -119,6 +139,19 @@ CASES = (
     Case(jc.prune.magnitude, {"sparsity": 0.5}),
     Case(jc.prune.magnitude, {"sparsity": 0.7, "scope": "global"}),
     Case(jc.prune.random, {"sparsity": 0.3, "key": jax.random.key(2)}),
+    Case(jc.prune.magnitude, {"sparsity": jc.prune.nm(2, 4)}),
+    Case(jc.prune.magnitude, {"sparsity": jc.prune.blocks(sparsity=0.75)}),
+    Case(jc.prune.lamp, {"sparsity": 0.6}),
+    Case(by_scores),
+    Case(jc.prune.movement, {"sparsity": 0.6}),
+    Case(taylor),
+    Case(jc.prune.l0, {"key": jax.random.key(8), "end": 0}, once=True),
+    Case(jc.prune.set, {"sparsity": 0.6, "key": jax.random.key(5)}),
+    Case(jc.prune.rigl, {"sparsity": 0.6, "key": jax.random.key(6)}),
+    Case(jc.prune.top_kast, {"sparsity": 0.6, "backward_sparsity": 0.4}),
+    Case(jc.prune.straight_through, {"sparsity": 0.6}),
+    Case(jc.prune.sr_ste),
+    Case(iterative),
 )
 
 

@@ -51,6 +51,19 @@ class Algorithm:
     name: str
 
 
+def core_name(core: Any) -> str:
+    """A name of a function that says its options, the same in every run."""
+    if not isinstance(core, functools.partial):
+        return core.__name__
+    options = [_option(v) for v in core.args]
+    options += [f"{k}={_option(v)}" for k, v in sorted(core.keywords.items())]
+    return f"{core_name(core.func)}({', '.join(options)})"
+
+
+def _option(value: Any) -> str:
+    return core_name(value) if callable(value) else str(value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """What a sweep reports of one weight it compressed.

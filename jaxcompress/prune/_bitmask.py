@@ -1,15 +1,12 @@
 """`BitmaskArray`: the stored form of a pruned weight.
 
-One bit a weight says where the non-zeros are; their values lie together. The values
-of a quantized weight are its codes, packed; the rest of that leaf (scales, zero
-points) is kept beside them. A leaf that can be stored so has ``elements()`` (codes in
-storage order), ``without_elements()``, ``with_elements(codes)`` and ``bits``.
+One bit a weight says where the non-zeros are; their values lie together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,23 +16,14 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import (
-    FROZEN,
-    Cast,
-    LayoutOp,
-    Leaf,
-    OrderError,
-    Ran,
-    component,
-    leaf_type,
-    static,
-)
+from jaxcompress.leaf import FROZEN, Leaf, component, leaf_type, static
 from jaxcompress.prune._masked import MaskedArray
+from jaxcompress.prune._sparse import SparseLeaf, join, specs_along, split
 from kernels_pallas import packing
 
 
 @leaf_type
-class BitmaskArray(Leaf):
+class BitmaskArray(SparseLeaf):
     """Positions as bits, non-zero elements together.
 
     Attributes:
@@ -57,24 +45,20 @@ class BitmaskArray(Leaf):
     capacity: int = static()
     dtype_name: str = static()
 
-    preserves_zeros = True
-    elementwise = True
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
         return self.layout.logical_shape((*self.mask.shape[:-1], self._k))
 
     @property
-    def dtype(self) -> np.dtype:
-        """Logical dtype."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
     def method(self) -> str:
         """``"bitmask"`` and the method of its values."""
-        inner = "dense" if self.frame is None else self.frame.method
-        return f"bitmask {inner}"
+        return f"bitmask {self.kind}"
+
+    @property
+    def stack(self) -> int:
+        """How many leading axes stack independent weights."""
+        return self.layout.stack_ndim(self.mask.ndim)
 
     @property
     def _k(self) -> int:
@@ -83,8 +67,7 @@ class BitmaskArray(Leaf):
     def expand(self) -> MaskedArray:
         """The training form: every element in its place."""
         kept = packing.unpack(self.mask, bits=1, count=self._k).astype(bool)
-        stack = self.layout.stack_ndim(kept.ndim)
-        rows = kept.reshape(*kept.shape[:stack], -1)
+        rows = kept.reshape(*kept.shape[: self.stack], -1)
         place = jnp.maximum(jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1, 0)
         elements = self.elements
         if self.frame is not None:
@@ -95,94 +78,32 @@ class BitmaskArray(Leaf):
         else:
             dense = jnp.zeros(rows.shape, elements.dtype)
         dense = jnp.where(rows, dense, jnp.zeros_like(dense)).reshape(kept.shape)
-        if self.frame is None:
-            values = self.layout.from_storage(dense).astype(self.dtype)
-        else:
-            values = self.frame.with_elements(dense)  # type: ignore[attr-defined]
-        return MaskedArray(inner=values, mask=self.layout.from_storage(kept))
+        mask = self.layout.from_storage(kept)
+        return MaskedArray(inner=join(dense, self), mask=mask)
 
-    def materialize(self) -> jax.Array:
-        """The dense values."""
-        return self.expand().materialize()
+    def stored_again(self, masked: MaskedArray) -> Leaf:
+        """With the capacity it has, which is known also where the mask is traced."""
+        return store(masked, self.layout, capacity=self.capacity)
 
-    def values(self) -> tuple[Any, ...]:
-        """The dense values, if they are floats."""
-        return self.expand().values()
-
-    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
-        """`f` of the dense values, stored again under the same mask."""
-        expanded = self.expand()
-        if isinstance(expanded.inner, Leaf):
-            return expanded.map_values(f)
-        value = f(expanded.materialize())
-        if isinstance(value, BitmaskArray):
-            value = value.expand()
-            expanded = MaskedArray(inner=value.inner, mask=expanded.mask & value.mask)
-            return store(expanded, self.layout)
-        if isinstance(value, Leaf) and not value.elementwise:
-            raise OrderError(
-                f"{value.method} does not keep each weight where it is, so it would "
-                "undo the mask; put it before the mask in the chain."
-            )
-        # The capacity is known already, also where the mask is traced.
-        return store(expanded.replace(inner=value), self.layout, capacity=self.capacity)
-
-    def relayout(self, op: LayoutOp) -> Leaf:
-        """A cast keeps the storage; other operations expand it to a masked leaf."""
-        if isinstance(op, Cast) and self.frame is None:
-            wider = np.dtype(op.dtype).itemsize > self.dtype.itemsize
-            return NotImplemented if wider else self.replace(dtype_name=op.dtype.name)
-        return self.expand().relayout(op)
-
-    def stacked(self, ndim: int) -> Leaf:
-        """Itself if it was stored as a stack; else expanded."""
-        if self.layout.stack_ndim(self.mask.ndim) >= ndim:
-            return self
-        return self.expand().stacked(ndim)
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """As the values do."""
-        return self.frame is not None and self.frame.has_own_matmul
-
-    def dot_general(
-        self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
-    ) -> Ran:
-        """As the training form."""
-        return self.expand().dot_general(
-            x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-        )
-
-    def prepare_activations(
-        self, x: jax.Array, axes: tuple[int, ...] = (-1,)
-    ) -> jax.Array:
-        """As the values do."""
-        return x if self.frame is None else self.expand().prepare_activations(x, axes)
+    def intersection(self, masked: MaskedArray) -> Leaf:
+        """With the capacity of what is left."""
+        return store(masked, self.layout)
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]
     ) -> BitmaskArray:
         """Only stack axes can be cut: elsewhere the counts of non-zeros differ."""
-        stack = self.layout.stack_ndim(self.mask.ndim)
-        if any(entry is not None for entry in spec[stack:]):
+        if any(entry is not None for entry in spec[self.stack :]):
             raise ValueError(
-                f"{self.method}: only the {stack} stack axes can be sharded, since the "
-                f"number of non-zeros differs elsewhere; got {tuple(spec)}. Shard the "
-                "masked form, or replicate this one."
+                f"{self.method}: only the {self.stack} stack axes can be sharded, "
+                "since the number of non-zeros differs elsewhere; got "
+                f"{tuple(spec)}. Shard the masked form, or replicate this one."
             )
-        lead = tuple(spec[:stack])
-
-        def along(a: jax.Array) -> PartitionSpec:
-            """A component whose stack axes may be of size one."""
-            sizes = a.shape[: len(lead)]
-            return PartitionSpec(
-                *(s if n > 1 else None for s, n in zip(lead, sizes, strict=True))
-            )
-
+        lead = tuple(spec[: self.stack])
         return self.replace(
             mask=PartitionSpec(*lead),
             elements=PartitionSpec(*lead),
-            frame=self.frame and jax.tree.map(along, self.frame),
+            frame=self.frame and specs_along(lead, self.frame),
         )
 
 
@@ -205,15 +126,10 @@ def store(
     stack = layout.stack_ndim(kept.ndim)
     rows = kept.reshape(*kept.shape[:stack], -1)
     capacity = _capacity(rows, capacity)
-    values, frame = masked.inner, None
-    if isinstance(values, Leaf):
-        elements = values.elements()  # type: ignore[attr-defined]
-        frame = values.without_elements()  # type: ignore[attr-defined]
-    else:
-        elements = layout.to_storage(values)
+    elements, frame = split(masked.inner, layout)
     compact = _compact(elements.reshape(rows.shape), rows, capacity)
     if frame is not None:
-        compact = packing.pack(compact, bits=frame.bits)
+        compact = packing.pack(compact, bits=frame.bits)  # type: ignore[attr-defined]
     bits = packing.pack(kept.astype(jnp.uint8), bits=1)
     return BitmaskArray(
         mask=bits,

@@ -22,20 +22,24 @@ from jaxcompress.leaf import (
     map_value,
     relayout,
     relayout_mask,
+    straight_through,
 )
 
 
 @leaf_type
 class MaskedArray(Leaf):
-    """``where(mask, inner, 0)``; the gradient of masked entries is zero.
+    """``where(mask, inner, 0)``; the gradient outside `backward` is zero.
 
     Attributes:
       inner: Array or leaf of the logical shape: the values.
       mask: ``bool`` of the logical shape; true where a weight is kept.
+      backward: ``bool`` of the logical shape, true where a weight gets the gradient
+        of its entry whether it is kept or not; None: where it is kept.
     """
 
     inner: Any = component(role=WEIGHT)
     mask: jax.Array = component(role=FROZEN)
+    backward: jax.Array | None = component(role=FROZEN, default=None)
 
     preserves_zeros = True
     elementwise = True
@@ -60,7 +64,10 @@ class MaskedArray(Leaf):
         """The dense values, exactly zero where masked."""
         values = self.inner
         dense = values.materialize() if isinstance(values, Leaf) else values
-        return jnp.where(self.mask, dense, jnp.zeros_like(dense))
+        kept = jnp.where(self.mask, dense, jnp.zeros_like(dense))
+        if self.backward is None:
+            return kept
+        return straight_through(_gated(dense, self.backward), kept)
 
     def values(self) -> tuple[Any, ...]:
         """The values, zero where masked."""
@@ -72,14 +79,19 @@ class MaskedArray(Leaf):
         """`f` of the masked values, under the same mask; masks intersect."""
         if isinstance(self.inner, Leaf):
             return self.replace(inner=map_value(f, self.inner))
-        return masked(f(self.materialize()), self.mask)
+        return masked(f(self.materialize()), self.mask, self.backward)
 
     def relayout(self, op: LayoutOp) -> Leaf:
         """Values and mask alike."""
         values = relayout(self.inner, op)
         if values is NotImplemented:
             return NotImplemented
-        return self.replace(inner=values, mask=relayout_mask(self.mask, op))
+        backward = self.backward
+        return self.replace(
+            inner=values,
+            mask=relayout_mask(self.mask, op),
+            backward=None if backward is None else relayout_mask(backward, op),
+        )
 
     def stacked(self, ndim: int) -> Leaf:
         """As the values are."""
@@ -100,7 +112,10 @@ class MaskedArray(Leaf):
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
         """The rule of the values if they have one, since masked values are zeros."""
-        rule = self.inner.dot_general if self.has_own_matmul else super().dot_general
+        rule = super().dot_general
+        if self.has_own_matmul:
+            allowed = self.mask if self.backward is None else self.backward
+            rule = _gated(self.inner, allowed).dot_general
         return rule(x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params)
 
     def prepare_activations(
@@ -117,20 +132,47 @@ class MaskedArray(Leaf):
         own = PartitionSpec(*spec)
         inner = self.inner
         values = inner.component_specs(spec, sizes) if isinstance(inner, Leaf) else own
-        return self.replace(inner=values, mask=own)
+        backward = None if self.backward is None else own
+        return self.replace(inner=values, mask=own, backward=backward)
 
 
-def masked(value: Any, mask: jax.Array) -> MaskedArray:
+def masked(
+    value: Any, mask: jax.Array, backward: jax.Array | None = None
+) -> MaskedArray:
     """A value under a mask; of a value that is masked already, the intersection.
 
     Raises:
       OrderError: If `value` is a leaf that does not keep zeros where they are.
     """
     if isinstance(value, MaskedArray):
-        return value.replace(mask=value.mask & mask)
+        return value.replace(
+            mask=value.mask & mask, backward=_both(value, mask, backward)
+        )
     if isinstance(value, Leaf) and not value.elementwise:
         raise OrderError(
             f"{value.method} does not keep each weight where it is, so it would undo "
             "the mask; put it before the mask in the chain."
         )
-    return MaskedArray(inner=value, mask=mask)
+    return MaskedArray(inner=value, mask=mask, backward=backward)
+
+
+def _both(
+    value: MaskedArray, mask: jax.Array, backward: jax.Array | None
+) -> jax.Array | None:
+    """Where two masks both let the gradient through; None: where both keep."""
+    if value.backward is None and backward is None:
+        return None
+    own = value.mask if value.backward is None else value.backward
+    return own & (mask if backward is None else backward)
+
+
+def _gated(value: Any, allowed: jax.Array) -> Any:
+    """The same value; its trained weights get a gradient where `allowed` alone."""
+    if not isinstance(value, Leaf):
+        return jnp.where(allowed, value, jax.lax.stop_gradient(value))
+    weights = {
+        name: _gated(part, allowed)
+        for name, (part, role) in value.components().items()
+        if role == WEIGHT and tuple(part.shape) == tuple(allowed.shape)
+    }
+    return value.replace(**weights)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxcompress.layout import Axes, Layout
 from jaxcompress.leaf import Leaf
+from jaxcompress.prune._allocation import Allocation, check_sparsity
 from jaxcompress.prune._bitmask import store
 from jaxcompress.prune._masked import MaskedArray
 from jaxcompress.prune._threshold import lowest, rank
@@ -20,7 +21,8 @@ from jaxcompress.schedules import Schedule
 ByPath = Mapping[str, tuple[Any, ...]]
 """By path of a leaf, something for each of its values."""
 
-Scope = Literal["layer", "global"]
+Scope = Literal["layer", "global"] | Allocation
+"""What a sparsity is a fraction of: each layer, or all weights (shared out or not)."""
 
 
 class Pattern(abc.ABC):
@@ -61,9 +63,10 @@ class Unstructured(Pattern):
     def __init__(self, sparsity: float | Schedule, scope: Scope, who: str) -> None:
         """Check the options; `who` is named in errors."""
         check_sparsity(sparsity, who)
-        if scope not in ("layer", "global"):
+        if scope not in ("layer", "global") and not isinstance(scope, Allocation):
             raise ValueError(
-                f"{who}: scope must be 'layer' or 'global'; got {scope!r}."
+                f"{who}: scope must be 'layer', 'global' or an allocation such as "
+                f"prune.erk(); got {scope!r}."
             )
         self.sparsity = sparsity
         self.scope = scope
@@ -77,13 +80,31 @@ class Unstructured(Pattern):
         ranks = {path: tuple(map(rank, values)) for path, values in scores.items()}
         if self.scope == "global":
             return _keep_globally(ranks, s)
+        fractions = self._fractions(ranks, roles, s)
 
-        def by_layer(r: jax.Array, axes: Axes) -> jax.Array:
+        def by_layer(r: jax.Array, axes: Axes, fraction: Any) -> jax.Array:
             n = math.prod(r.shape[axes.stack :])
-            return ~lowest([r], pruned_count(s, n), stack=axes.stack)[0]
+            return ~lowest([r], pruned_count(fraction, n), stack=axes.stack)[0]
 
         return {
-            path: tuple(map(by_layer, values, roles[path]))
+            path: tuple(map(by_layer, values, roles[path], fractions[path]))
+            for path, values in ranks.items()
+        }
+
+    def _fractions(self, ranks: ByPath, roles: ByPath, s: Any) -> ByPath:
+        """The sparsity of each value: that of all, or what it is allotted."""
+        if not isinstance(self.scope, Allocation):
+            return {path: (s,) * len(values) for path, values in ranks.items()}
+        shapes, copies = {}, {}
+        for path, values in ranks.items():
+            for i, (r, axes) in enumerate(zip(values, roles[path], strict=True)):
+                shapes[_name(path, i)] = r.shape[axes.stack :]
+                copies[_name(path, i)] = math.prod(r.shape[: axes.stack])
+        if not shapes:
+            return dict(ranks)
+        allotted = self.scope(shapes, s, copies=copies)
+        return {
+            path: tuple(allotted[_name(path, i)] for i in range(len(values)))
             for path, values in ranks.items()
         }
 
@@ -94,6 +115,11 @@ class Unstructured(Pattern):
             n = math.prod(leaf.shape[axes.stack :])
             capacity = n - pruned_count(self.sparsity, n)
         return store(leaf, Layout.of(leaf.shape, axes), capacity=capacity)
+
+
+def _name(path: str, number: int) -> str:
+    """What an allocation calls a leaf's value."""
+    return f"{path}#{number}" if number else path
 
 
 def _keep_globally(ranks: ByPath, sparsity: Any) -> dict[str, tuple[jax.Array, ...]]:
@@ -115,15 +141,6 @@ def pruned_count(sparsity: Any, n: int) -> Any:
     if isinstance(sparsity, jax.Array):
         return jnp.floor(sparsity * n + 0.5).astype(jnp.int32)
     return math.floor(sparsity * n + 0.5)
-
-
-def check_sparsity(sparsity: float | Schedule, who: str) -> None:
-    """Refuse a number that is no fraction below one."""
-    if not callable(sparsity) and not 0.0 <= sparsity < 1.0:
-        raise ValueError(
-            f"{who}: sparsity is the fraction pruned and must be in [0, 1); got "
-            f"{sparsity}."
-        )
 
 
 def as_pattern(sparsity: float | Schedule | Pattern, scope: Scope, who: str) -> Pattern:

@@ -23,6 +23,9 @@ AxesOption = Axes | int | tuple[int, ...] | None
 Score = Callable[[jax.Array, Site], jax.Array]
 """``(weight, where it stands) -> float32`` of its shape; the lowest are pruned."""
 
+Backward = Callable[["PruneState", Site], jax.Array]
+"""``(state, where a weight stands) -> bool`` of its shape: where it gets a gradient."""
+
 
 class PruneState(NamedTuple):
     """State of a pruning transform.
@@ -45,8 +48,10 @@ def masked_training(
     *,
     by: str,
     axes: AxesOption,
+    backward: Backward | None = None,
+    hold: bool = True,
 ) -> Transform:
-    """A transform that holds weights at zero under masks that may change.
+    """A transform that masks weights, under masks that may change.
 
     Args:
       first: ``(params, roles) -> state`` at step 0.
@@ -55,6 +60,9 @@ def masked_training(
       pattern: How the result is stored.
       by: Name of the transform, for errors.
       axes: Contracting axes of the weights, where they are stated.
+      backward: Which weights get a gradient; those kept, if it is not given.
+      hold: Whether what is masked is zero in the params too, not in the view alone. A
+        weight that comes back then starts at zero.
     """
 
     def role(w: Any, site: Site) -> Axes:
@@ -69,21 +77,24 @@ def masked_training(
         return params, first(params, for_values(role, params))
 
     def view(params: Any, state: PruneState) -> Any:
-        return map_values(
-            lambda w, site: MaskedArray(inner=w, mask=mask(state, site)), params, by=by
-        )
+        def apply(w: jax.Array, site: Site) -> MaskedArray:
+            allowed = None if backward is None else backward(state, site)
+            return MaskedArray(inner=w, mask=mask(state, site), backward=allowed)
+
+        return map_values(apply, params, by=by)
 
     def update(
         params: Any, state: PruneState, *, grads: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
         del extra
-        state = state._replace(step=state.step + 1)
-        state = following(params, grads, for_values(role, params), state)
+        before = state._replace(step=state.step + 1)
+        state = following(params, grads, for_values(role, params), before)
 
-        def hold(w: jax.Array, site: Site) -> jax.Array:
-            return jnp.where(mask(state, site), w, jnp.zeros_like(w))
+        def held(w: jax.Array, site: Site) -> jax.Array:
+            kept = mask(before, site) & mask(state, site)
+            return jnp.where(kept, w, jnp.zeros_like(w))
 
-        return map_values(hold, params, by=by), state
+        return map_values(held, params, by=by) if hold else params, state
 
     def compress(params: Any, state: PruneState) -> Any:
         def apply(w: jax.Array, site: Site) -> Any:
@@ -124,6 +135,27 @@ def by_score(
         return state._replace(masks=jax.lax.cond(due, renew, lambda: state.masks))
 
     return masked_training(first, following, pattern, by=by, axes=axes)
+
+
+def everywhere(state: PruneState, site: Site) -> jax.Array:
+    """The backward mask of dense gradients."""
+    return jnp.ones_like(state.masks[site.path][site.number])
+
+
+def gradients(grads: Any, state: PruneState, *, by: str) -> ByPath:
+    """The gradient of each masked weight, for rules that need them.
+
+    Raises:
+      ValueError: If there are none, or one is missing.
+    """
+    found = {} if grads is None else for_values(lambda g, site: g, grads)
+    if missing := [path for path in state.masks if path not in found]:
+        raise ValueError(
+            f"{by}: update needs the gradients of the weights; got none for "
+            f"{missing[0]!r}. Pass scheme.update(params, state, grads=grads), or train "
+            "with optim.attach, which does."
+        )
+    return found
 
 
 def check_every(every: int, by: str) -> None:

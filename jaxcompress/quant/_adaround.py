@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics
+from jaxcompress.lift._second_moment import matmul, unit_moment
 from jaxcompress.quant._array import QuantizedArray
-from jaxcompress.quant._feedback import matmul
 from jaxcompress.quant._format import NumberFormat
-from jaxcompress.quant._reconstruct import finish, lay, unit_moment
+from jaxcompress.quant._reconstruct import finish, lay
 from jaxcompress.quant._rounding import divisor
 from jaxcompress.quant._steps import Problem, Steps, static_steps
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.lift._second_moment import matmul
 from jaxcompress.quant._rounding import divisor
 from jaxcompress.quant._steps import Problem, Steps
 
@@ -235,8 +236,3 @@ def fit_scale(
     base = group.base + delta * units
     target = base + (group.target - group.base) - delta * spread
     return Choice(steps, group._replace(base=base, target=target, steps=steps))
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """In full float32."""
-    return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)

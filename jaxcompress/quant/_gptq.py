@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics
+from jaxcompress.lift._second_moment import factorize
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._feedback import (
     Choice,
@@ -23,10 +24,8 @@ from jaxcompress.quant._feedback import (
     sweep_groups,
 )
 from jaxcompress.quant._format import NumberFormat
-from jaxcompress.quant._reconstruct import finish, lay, unit_moment
+from jaxcompress.quant._reconstruct import finish, lay
 from jaxcompress.quant._steps import Problem, Steps, static_steps
-
-_RAISES = 12
 
 
 def gptq_weight(
@@ -133,54 +132,6 @@ class Settings:
     damping: float
     refine: bool
     block: int
-
-
-class Factor(NamedTuple):
-    r"""A damped second moment and its factor, :math:`H = (I + U) D (I + U)^T`.
-
-    Attributes:
-      h: ``float32[K, K]`` damped; unit rows for inputs that are always zero.
-      feedback: ``float32[K, K]``, the transpose of ``I + U``: row k is what the errors
-        of the inputs before k add to input k.
-      importance: ``float32[K]``, D: what a squared error in input k costs, made up for
-        by the inputs after it.
-      damping: What was added to the diagonal, relative to its mean.
-    """
-
-    h: jax.Array
-    feedback: jax.Array
-    importance: jax.Array
-    damping: jax.Array
-
-
-def factorize(gram: jax.Array, damping: float) -> Factor:
-    """Damp and factor a second moment; tenfold the damping until that succeeds.
-
-    Args:
-      gram: ``float32[K, K]``, symmetric and positive semidefinite but for rounding.
-      damping: Relative to the mean of the diagonal's entries that are not zero. Static.
-
-    Returns:
-      The factor; the identity's if nothing succeeds.
-    """
-    unit = unit_moment(gram)
-    eye = jnp.eye(unit.shape[0], dtype=jnp.float32)
-
-    def attempt(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tries, relative, *_ = state
-        h = unit + relative * eye
-        # Reversed twice, a lower factor is an upper one.
-        lower = jax.lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)
-        finite = jnp.isfinite(lower).all()
-        factor = jnp.where(finite, lower.T[::-1, ::-1], eye)
-        done = finite | (tries + 1 == _RAISES)
-        raised = jnp.where(done, relative, jnp.maximum(relative, 1e-6) * 10)
-        return tries + 1, raised, done, factor, jnp.where(finite, h, eye)
-
-    start = (jnp.int32(0), jnp.float32(damping), jnp.bool(False), eye, eye)
-    _, used, _, factor, h = jax.lax.while_loop(lambda s: ~s[2], attempt, start)
-    root = jnp.diagonal(factor)
-    return Factor(h, factor / root[:, None], jnp.square(root), used)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Algorithm, sweep
+from jaxcompress.lift._sweep import core_name
 from jaxcompress.quant._adaround import adaround_weight
 from jaxcompress.quant._awq import awq_weight
 from jaxcompress.quant._format import NumberFormat
@@ -65,20 +66,7 @@ def _algorithm(core: Core, fmt: NumberFormat) -> Algorithm:
         del stats
         return quantize(w, plain, axes=axes, path=path)
 
-    return Algorithm(run=run, baseline=baseline, name=f"{_name(core)} {fmt!r}")
-
-
-def _name(core: Any) -> str:
-    """A name that says the options, the same in every run."""
-    if not isinstance(core, functools.partial):
-        return core.__name__
-    options = [_option(v) for v in core.args]
-    options += [f"{k}={_option(v)}" for k, v in sorted(core.keywords.items())]
-    return f"{_name(core.func)}({', '.join(options)})"
-
-
-def _option(value: Any) -> str:
-    return _name(value) if callable(value) else str(value)
+    return Algorithm(run=run, baseline=baseline, name=f"{core_name(core)} {fmt!r}")
 
 
 def gptq(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics
+from jaxcompress.lift._second_moment import mean_gram
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import static_range
@@ -112,7 +113,7 @@ def lay(
         w=jnp.swapaxes(columns, -1, -2),
         steps=steps if problem.tied else None,
         tensor=tensor,
-        gram=_mean_gram(stats, stack, flat.k, who, path),
+        gram=mean_gram(stats, stack, flat.k, who=who, path=path),
         activations=activations,
     )
 
@@ -140,41 +141,3 @@ def finish(laid: Laid, codes: jax.Array, steps: Steps) -> QuantizedArray:
     )
     words = layout.from_storage(in_storage(codes, problem.out))
     return grid.leaf(words, scales, *laid.activations).pack()
-
-
-def _mean_gram(
-    stats: Statistics | None, stack: tuple[int, ...], k: int, who: str, path: str
-) -> jax.Array:
-    if stats is None:
-        return jnp.zeros((math.prod(stack), k, k), jnp.float32)
-    if stats.gram is None:
-        raise ValueError(
-            f"{who}: the statistics of {path!r} have no gram; collect them with "
-            "calibrate(..., gram=True)."
-        )
-    if stats.gram.shape != (*stack, k, k):
-        raise ValueError(
-            f"{who}: the gram of {path!r} must have shape {(*stack, k, k)}: its stack "
-            f"axes, and its contracting axes flattened; got {stats.gram.shape}."
-        )
-    gram = stats.gram.astype(jnp.float32).reshape(-1, k, k)
-    gram = gram / jnp.maximum(stats.count.astype(jnp.float32), 1.0).reshape(-1, 1, 1)
-    # A sum that overflowed says nothing: as if there were no data.
-    finite = jnp.isfinite(gram).all((-1, -2), keepdims=True)
-    return jnp.where(finite, gram, 0.0)
-
-
-def unit_moment(gram: jax.Array) -> jax.Array:
-    """A second moment ``[K, K]`` relative to the mean of its diagonal.
-
-    Inputs that are always zero get the rows of the identity: a squared error in them
-    counts, and disturbs no other.
-    """
-    diagonal = jnp.diagonal(gram)
-    live = diagonal > 0
-    mean = jnp.where(live, diagonal, 0.0).sum() / jnp.maximum(
-        live.sum(dtype=jnp.float32), 1.0
-    )
-    both = live[:, None] & live[None, :]
-    eye = jnp.eye(gram.shape[0], dtype=jnp.float32)
-    return jnp.where(both, gram / jnp.where(mean > 0, mean, 1.0), eye)

@@ -21,6 +21,7 @@ from kernels_pallas.hashed_matmul import (
     xla,
 )
 from kernels_pallas.target import Target
+from tests.quick import quick
 
 CPU_TARGET, TPU_TARGET = Target("cpu", "cpu"), Target("tpu", "TPU v5e")
 MASK = 2**32 - 1
@@ -72,7 +73,7 @@ def test_published_answers(key: bytes, seed: int, wanted: int) -> None:
 def test_hash_bucket_and_sign_of_pairs(seed: int) -> None:
     words = np.random.default_rng(seed).integers(0, 2**32, (2, 50), np.uint32)
 
-    @jax.jit
+    @quick
     def run(a: jax.Array, b: jax.Array) -> Any:
         h = hashing.murmur3(a, b, seed=seed)
         buckets = [hashing.bucket(h, count) for count in (1, 64, 1000)]
@@ -111,7 +112,7 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("hashed", "n"))
+@functools.partial(quick, static_argnames=("hashed", "n"))
 def everything(
     x: jax.Array, buckets: jax.Array, origin: jax.Array, hashed: Hashing, n: int
 ) -> tuple[jax.Array, ...]:
@@ -189,7 +190,7 @@ def test_a_stack_and_leading_axes() -> None:
     x = jnp.asarray(rng.standard_normal((2, 2, 3, 130)), jnp.float32)
     at, sign = places_of(hashed, 128 * 6, 21, 130)
 
-    @jax.jit
+    @quick
     def both(x: jax.Array, buckets: jax.Array) -> list[jax.Array]:
         run = functools.partial(hashed_matmul, x, buckets, hashed, n=21)
         return [run(target=CPU_TARGET), run(target=TPU_TARGET, interpret=True)]
@@ -219,7 +220,7 @@ def test_gradients(count: int, hashed: Hashing) -> None:
         functools.partial(xla.hashed_matmul, chunk=4 * k, **options),
     )
 
-    @jax.jit
+    @quick
     def pulled(x: jax.Array, b: jax.Array) -> Any:
         pulls = [jax.vjp(lambda x, b, f=f: f(x, b, hashed), x, b)[1] for f in forms]
         return [pull(jnp.asarray(dy)) for pull in pulls]

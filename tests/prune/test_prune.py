@@ -90,6 +90,61 @@ def test_global_scope_ranks_all_leaves_together() -> None:
     assert found["a"].mean() < 0.5 < found["b"].mean()
 
 
+def lamp_of(w: np.ndarray) -> np.ndarray:
+    """Squares over the sum of those that a stable sort puts behind."""
+    squares = np.square(w.astype(np.float64)).ravel()
+    order = np.argsort(squares, kind="stable")
+    share = np.empty(w.size)
+    share[order] = squares[order] / np.cumsum(squares[order][::-1])[::-1]
+    return share.reshape(w.shape)
+
+
+def test_lamp_ranks_the_shares_of_all_layers_together() -> None:
+    """One layer is a hundred times smaller, one decays fast; none is emptied."""
+    rng = np.random.default_rng(8)
+    layers = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    params = {
+        "small": rng.normal(size=(8, 5)).astype(np.float32) / 100,
+        "steep": np.float32(0.7) ** np.arange(40, dtype=np.float32).reshape(8, 5),
+        "stack": layers * np.float32([1, 50])[:, None, None],
+    }
+    axes = {"stack": jc.Axes(contract=(-2,), stack=1)}
+    scheme = jc.select({"*": jc.prune.lamp(sparsity=0.6)}, axes=axes)
+    _, (chosen,) = jax.jit(scheme.init)(jax.tree.map(jnp.asarray, params))
+    found = {path: np.asarray(m) for path, (m,) in chosen.state.masks.items()}
+    score = {p: lamp_of(w) for p, w in params.items() if p != "stack"}
+    score["stack"] = np.stack([lamp_of(w) for w in params["stack"]])
+    together = np.sort(np.concatenate([s.ravel() for s in score.values()]))
+    for path, s in score.items():
+        np.testing.assert_array_equal(found[path], s >= together[84], err_msg=path)
+    assert found["small"].sum() > found["steep"].sum() > 0
+    with pytest.raises(ValueError, match=r"prune\.lamp: sparsity must be a fraction"):
+        jc.prune.lamp(sparsity=jc.prune.nm(2, 4))  # type: ignore[arg-type]
+
+
+def test_given_scores_decide_on_a_schedule_whatever_the_weights() -> None:
+    scores = halves(9, 7, 5)
+    cubic, formula = SCHEDULES["cubic"]
+    scheme = jc.prune.by_scores({"a": {"w": scores}}, sparsity=cubic, every=2)
+    params, state = jax.jit(scheme.init)({"a": {"w": jnp.asarray(halves(4, 7, 5))}})
+    update = jax.jit(scheme.update)
+    for t in range(1, 7):
+        params, state = update(jax.tree.map(lambda w: 1.0 - w, params), state)
+        share = np.floor(formula(t - t % 2) * 35 + 0.5)
+        order = np.argsort(scores, axis=None, kind="stable")
+        gone = np.flatnonzero(~np.asarray(state.masks["a/w"][0]))
+        np.testing.assert_array_equal(gone, np.sort(order[: int(share)]))
+    assert not np.asarray(params["a"]["w"]).ravel()[gone].any()
+
+
+def test_scores_must_fit_the_weights() -> None:
+    scheme = jc.prune.by_scores({"w": jnp.ones((2, 3))}, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"no scores for 'v', only for \['w'\]"):
+        scheme.init({"v": jnp.ones((2, 3))})
+    with pytest.raises(ValueError, match=r"got \(2, 3\) for 'w' of shape \(3, 2\)"):
+        scheme.init({"w": jnp.ones((3, 2))})
+
+
 def test_random_masks_depend_on_the_path_and_the_key_alone() -> None:
     w = jnp.ones((32, 16))
     scheme = jc.prune.random(sparsity=0.3, key=KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxcompress import quant as q
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics, statistics
 from jaxcompress.quant._adaround import adaround_weight
+from tests.quant.wrapping import materialize, quantize, quick
 
 K, R = 8, 5
 UNSIGNED = q.int2(group_size=4, symmetric=False)
@@ -28,12 +30,19 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), rng.normal(size=(K, R)).astype(np.float32)
 
 
+moments = quick(functools.partial(statistics, gram=True))
+learned = jax.jit(
+    functools.partial(adaround_weight, **SHORT),
+    static_argnames=("fmt", "axes", "regularization"),
+)
+
+
 def seen(x: np.ndarray) -> Statistics:
-    return statistics(jnp.asarray(x), gram=True)
+    return moments(jnp.asarray(x))
 
 
 def dense(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf.materialize())
+    return np.asarray(materialize(leaf))
 
 
 def losses(x: np.ndarray, w: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -59,9 +68,8 @@ def test_neighbours_nearly_as_good_as_the_best_of_all(
     fmt: q.NumberFormat, regularization: float, bound: float
 ) -> None:
     x, w = problem()
-    options = {**SHORT, "regularization": regularization}
-    leaf = adaround_weight(jnp.asarray(w), fmt, seen(x), **options)
-    value, rounded = dense(leaf), dense(q.quantize(jnp.asarray(w), fmt))
+    leaf = learned(jnp.asarray(w), fmt, seen(x), regularization=regularization)
+    value, rounded = dense(leaf), dense(quantize(jnp.asarray(w), fmt))
     assert (losses(x, w, value) <= losses(x, w, rounded) * (1 + 1e-4)).all()
     assert losses(x, w, value).sum() < 0.8 * losses(x, w, rounded).sum()
     best = 0.0
@@ -80,15 +88,12 @@ def test_neighbours_nearly_as_good_as_the_best_of_all(
 def test_a_jitted_stack_is_its_entries() -> None:
     (x, w), (y, v) = problem(), problem(1)
     stats = jax.tree.map(lambda a, b: jnp.stack([a, b]), seen(x), seen(0 * y))
-    run = jax.jit(
-        lambda w, s: adaround_weight(
-            w, UNSIGNED, s, axes=Axes(contract=(-2,), stack=1), **SHORT
-        )
-    )
-    both = dense(run(jnp.stack([w, v]), stats))
+    axes = Axes(contract=(-2,), stack=1)
+    both = dense(learned(np.stack([w, v]), UNSIGNED, stats, axes=axes))
+    # Outside jit, as the sweep calls it.
     one = adaround_weight(jnp.asarray(w), UNSIGNED, seen(x), **SHORT)
     np.testing.assert_allclose(both[0], dense(one), rtol=1e-5, atol=1e-6)
-    rounded = dense(q.quantize(jnp.asarray(v), UNSIGNED))  # No data: rounding.
+    rounded = dense(quantize(jnp.asarray(v), UNSIGNED))  # No data: rounding.
     np.testing.assert_allclose(both[1], rounded, rtol=1e-4, atol=1e-6)
 
 
@@ -96,12 +101,12 @@ def test_without_data_it_is_rounding_and_zeros_stay() -> None:
     x, w = problem()
     w = w.copy()
     w[:, 0] = 0
-    rounded = dense(q.quantize(jnp.asarray(w), UNSIGNED))
-    value = dense(adaround_weight(jnp.asarray(w), UNSIGNED, None, **SHORT))
+    rounded = dense(quantize(jnp.asarray(w), UNSIGNED))
+    value = dense(learned(jnp.asarray(w), UNSIGNED, None))
     np.testing.assert_allclose(value, rounded, rtol=1e-4, atol=1e-6)
     x = x.copy()
     x[:, 3] = 0
-    leaf = adaround_weight(jnp.asarray(w), UNSIGNED, seen(x), **SHORT)
+    leaf = learned(jnp.asarray(w), UNSIGNED, seen(x))
     assert not dense(leaf)[:, 0].any()
     np.testing.assert_allclose(dense(leaf)[3], rounded[3], rtol=1e-4, atol=1e-6)
 

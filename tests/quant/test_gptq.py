@@ -18,6 +18,7 @@ from jaxcompress.quant import _feedback
 from jaxcompress.quant._gptq import factorize, gptq_weight
 from jaxcompress.quant._reconstruct import lay
 from jaxcompress.quant._steps import static_steps
+from tests.quant.wrapping import materialize, quantize, quick
 
 K, R = 24, 6
 DAMPING = 0.01
@@ -36,12 +37,15 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), rng.normal(size=(K, R)).astype(np.float32)
 
 
+moments = quick(functools.partial(statistics, gram=True))
+
+
 def seen(x: np.ndarray) -> Statistics:
-    return statistics(jnp.asarray(x), gram=True)
+    return moments(jnp.asarray(x))
 
 
 def dense(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf.materialize())
+    return np.asarray(materialize(leaf))
 
 
 def loss(x: np.ndarray, w: np.ndarray, value: np.ndarray, damping: float = 0) -> float:
@@ -96,6 +100,12 @@ def algorithm_1(
     return out
 
 
+by_the_paper = jax.jit(
+    functools.partial(gptq_weight, refine=0, **FROM_THE_PAPER),
+    static_argnames=("fmt", "act_order", "axes"),
+)
+
+
 @pytest.mark.parametrize(
     ("fmt", "act_order"),
     [(PLAIN, False), (GROUPS, False), (GROUPS, True)],
@@ -103,16 +113,14 @@ def algorithm_1(
 )
 def test_the_paper(fmt: q.NumberFormat, act_order: bool) -> None:
     x, w = problem()
-    leaf = gptq_weight(
-        jnp.asarray(w), fmt, seen(x), act_order=act_order, refine=0, **FROM_THE_PAPER
-    )
+    leaf = by_the_paper(jnp.asarray(w), fmt, seen(x), act_order=act_order)
     expected = algorithm_1(x, w, fmt, act_order)
     np.testing.assert_allclose(dense(leaf), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_better_on_outputs_worse_on_weights() -> None:
     x, w = problem()
-    rounded = dense(q.quantize(jnp.asarray(w), PLAIN))
+    rounded = dense(quantize(jnp.asarray(w), PLAIN))
     value = dense(plain(w, seen(x)))
     assert loss(x, w, value) < 0.6 * loss(x, w, rounded)
     assert np.square(w - value).sum() > np.square(w - rounded).sum()
@@ -120,7 +128,7 @@ def test_better_on_outputs_worse_on_weights() -> None:
 
 def plain(w: Any, stats: Statistics | None) -> Any:
     """The run that most tests share."""
-    return gptq_weight(jnp.asarray(w), PLAIN, stats, refine=0, **FROM_THE_PAPER)
+    return by_the_paper(jnp.asarray(w), PLAIN, stats)
 
 
 # -- refining
@@ -183,7 +191,7 @@ def test_formats(fmt: q.NumberFormat) -> None:
     w = np.float32(rng.normal(size=(stack, k, R)))
     axes = Axes(contract=(-2,), stack=1)
     leaf = gptq_weight(jnp.asarray(w), fmt, seen(x), axes=axes)
-    rounded = q.quantize(jnp.asarray(w), fmt, axes=axes)
+    rounded = quantize(jnp.asarray(w), fmt, axes=axes)
     assert jax.tree.structure(leaf) == jax.tree.structure(rounded)
     for ours, theirs in zip(
         jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True
@@ -203,12 +211,8 @@ def test_a_jitted_stack_is_its_entries() -> None:
     (x, w), (y, v) = problem(), problem(1)
     stats = jax.tree.map(lambda a, b: jnp.stack([a, b]), seen(x), seen(y))
 
-    @jax.jit
-    def run(w: jax.Array, stats: Statistics) -> Any:
-        axes = Axes(contract=(-2,), stack=1)
-        return gptq_weight(w, PLAIN, stats, axes=axes, refine=0, **FROM_THE_PAPER)
-
-    both = run(jnp.stack([w, v]), stats)
+    axes = Axes(contract=(-2,), stack=1)
+    both = by_the_paper(jnp.asarray(np.stack([w, v])), PLAIN, stats, axes=axes)
     for s, one in enumerate([plain(w, seen(x)), plain(v, seen(y))]):
         np.testing.assert_allclose(dense(both)[s], dense(one), rtol=1e-5, atol=1e-6)
 
@@ -217,7 +221,7 @@ def test_convolution_axes_are_flattened() -> None:
     x, w = problem()
     conv = jnp.asarray(w).reshape(2, 3, 4, R)
     axes = (-4, -3, -2)
-    leaf = gptq_weight(conv, PLAIN, seen(x), axes=axes, refine=0, **FROM_THE_PAPER)
+    leaf = by_the_paper(conv, PLAIN, seen(x), axes=axes)
     assert leaf.shape == conv.shape
     expected = dense(plain(w, seen(x))).reshape(conv.shape)
     np.testing.assert_allclose(dense(leaf), expected, rtol=1e-6)
@@ -228,7 +232,7 @@ def test_convolution_axes_are_flattened() -> None:
 
 def test_without_data_it_is_rounding() -> None:
     x, w = problem()
-    rounded = dense(q.quantize(jnp.asarray(w), PLAIN))
+    rounded = dense(quantize(jnp.asarray(w), PLAIN))
     for stats in (None, seen(x[:0]), seen(0 * x)):
         np.testing.assert_allclose(dense(plain(w, stats)), rounded, rtol=1e-4)
     overflown = dataclasses.replace(seen(x), gram=jnp.full((K, K), jnp.inf))
@@ -240,7 +244,7 @@ def test_dead_inputs_are_rounded_and_disturb_nothing() -> None:
     x = x.copy()
     x[:, [2, 8]] = 0
     value = dense(plain(w, seen(x)))
-    rounded = dense(q.quantize(jnp.asarray(w), PLAIN))
+    rounded = dense(quantize(jnp.asarray(w), PLAIN))
     np.testing.assert_allclose(value[[2, 8]], rounded[[2, 8]], rtol=1e-4)
     changed = w.copy()
     changed[[2, 8]] *= 0.5
@@ -275,7 +279,7 @@ def test_few_rows_make_a_singular_moment() -> None:
     x, w = problem()
     value = dense(plain(w, seen(x[:3])))
     assert np.isfinite(value).all()
-    rounded = dense(q.quantize(jnp.asarray(w), PLAIN))
+    rounded = dense(quantize(jnp.asarray(w), PLAIN))
     assert loss(x[:3], w, value) < 0.5 * loss(x[:3], w, rounded)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -21,18 +22,17 @@ from hypothesis import strategies as st
 import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.quant._rounding import round_scale
+from tests.quant.wrapping import quick
 
 KEY = jax.random.key(0)
 
 
+@functools.partial(quick, static_argnames=("fmt", "axes"))
 def both(w: Any, fmt: q.NumberFormat, axes: Any = None, key: Any = None) -> Any:
-    """The leaf and its dense values; fast for shapes that many tests share."""
+    """The leaf and its dense values."""
     leaf = q.quantize(w, fmt, axes=axes, key=key)
     return leaf, leaf.materialize()
 
-
-compiled = jax.jit(both, static_argnames=("fmt", "axes"))
-"""Fast for a shape of one test."""
 
 dense = lambda *args, **options: both(*args, **options)[1]
 Oracle = Callable[[np.ndarray], np.ndarray]
@@ -225,7 +225,7 @@ def nvfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 def test_nvfp4_is_its_definition() -> None:
     w = heavy(1, 64, 3) * np.float32([1, 37, 2.0**-9])
     values, stored, tensor = nvfp4(np.float64(w))
-    leaf, found = compiled(w, q.nvfp4())
+    leaf, found = both(w, q.nvfp4())
     np.testing.assert_array_equal(np.transpose(leaf.scale), stored.view(np.uint8))
     np.testing.assert_array_equal(np.asarray(leaf.tensor_scale), [[tensor]])
     np.testing.assert_allclose(found, values, rtol=2**-22)
@@ -233,7 +233,7 @@ def test_nvfp4_is_its_definition() -> None:
 
 def test_nvfp4_has_a_tensor_scale_for_each_layer_of_a_stack() -> None:
     w = heavy(2, 2, 32, 3) * np.float32([1, 2.0**15])[:, None, None]
-    leaf, found = compiled(w, q.nvfp4(), -2)
+    leaf, found = both(w, q.nvfp4(), -2)
     layers = [nvfp4(np.float64(layer)) for layer in w]
     tensor_scales = np.ravel(leaf.tensor_scale).tolist()
     assert tensor_scales == [tensor for _, _, tensor in layers]
@@ -408,7 +408,7 @@ def test_weights_of_a_block_share_a_scale(name: str) -> None:
     for indices in members.values():
         at = tuple(zip(*indices, strict=True))
         expected[at] = symmetric(4)(np.float64(w[at]))
-    _, found = compiled(w, q.int4(**options), axes)
+    _, found = both(w, q.int4(**options), axes)
     np.testing.assert_allclose(found, expected, rtol=2**-23)
 
 
@@ -421,21 +421,21 @@ def test_sums_and_ranges_are_taken_over_merged_rows_too(name: str) -> None:
     expected = np.stack(
         [oracle(np.float64(w[:, b]).ravel()).reshape(3, 4, 6) for b in range(2)], 1
     )
-    _, found = compiled(w, fmt, CONV)
+    _, found = both(w, fmt, CONV)
     np.testing.assert_allclose(found, expected, rtol=2**-22)
 
 
 def test_a_vector_is_one_channel() -> None:
     w = heavy(9, 16)
-    _, found = compiled(w, q.int4())
+    _, found = both(w, q.int4())
     np.testing.assert_allclose(found, symmetric(4)(np.float64(w)), rtol=2**-23)
 
 
 def test_axes_of_the_format_go_before_those_of_the_call() -> None:
     w = heavy(10, 8, 6)
-    given_twice = compiled(w, q.int4(axes=-1), -2)[1]
-    np.testing.assert_array_equal(given_twice, compiled(w, q.int4(), -1)[1])
-    assert not np.array_equal(given_twice, compiled(w, q.int4())[1])
+    given_twice = both(w, q.int4(axes=-1), -2)[1]
+    np.testing.assert_array_equal(given_twice, both(w, q.int4(), -1)[1])
+    assert not np.array_equal(given_twice, both(w, q.int4())[1])
 
 
 # -- error bounds
@@ -465,7 +465,7 @@ def test_integers_err_by_half_a_scale_at_most(
 
 def test_asymmetric_integers_err_by_half_a_scale_at_most() -> None:
     end = np.float32(127.5 * (1 + 0.49 * 2**-15))
-    leaf, found = compiled(np.stack([[end], [-end]]), q.int8(symmetric=False))
+    leaf, found = both(np.stack([[end], [-end]]), q.int8(symmetric=False))
     error = np.abs(np.float64(found).ravel() - [end, -end])
     assert (error <= (0.5 + 2**-16) * np.ravel(leaf.scale)).all()
 
@@ -555,7 +555,7 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     column[:2] = 1.0, -0.875  # For uint4 15 even steps, so that nothing is clipped.
     w = np.tile(column[:, None], draws)
     fmt = ROUNDED[name].replace(rounding="stochastic")
-    found = np.float64(compiled(w, fmt, key=KEY)[1])
+    found = np.float64(both(w, fmt, key=KEY)[1])
     gap = found.max(1) - found.min(1)
     tolerance = math.sqrt(math.log(2 * len(column) / false_alarm) / (2 * draws))
     # A mean of draws from two points `gap` apart; the grid itself is float32.
@@ -568,8 +568,7 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_others() -> None:
     w = heavy(11, 64, 3)
     fmt = q.int4(rounding="stochastic")
     words = [
-        compiled(w, fmt, key=jax.random.key(seed))[0].words.tobytes()
-        for seed in (0, 0, 1)
+        both(w, fmt, key=jax.random.key(seed))[0].words.tobytes() for seed in (0, 0, 1)
     ]
     assert words[0] == words[1] != words[2]
 
@@ -587,7 +586,7 @@ def test_toward_zero_never_increases_a_magnitude(name: str) -> None:
 
 def test_toward_zero_truncates() -> None:
     w = jnp.array([[7.0], [-1.75], [1.75], [-0.5]])
-    _, found = compiled(w, q.int4(rounding="toward_zero"))
+    _, found = both(w, q.int4(rounding="toward_zero"))
     assert found.ravel().tolist() == [7, -1, 1, 0]
 
 
@@ -596,8 +595,8 @@ def test_toward_zero_truncates() -> None:
 
 def projected_again(w: Any, fmt: q.NumberFormat) -> bool:
     """Whether quantizing what was dequantized gives the same leaf."""
-    once, values = compiled(w, fmt)
-    twice, _ = compiled(values, fmt)
+    once, values = both(w, fmt)
+    twice, _ = both(values, fmt)
     pairs = zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
 

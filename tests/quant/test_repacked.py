@@ -16,6 +16,7 @@ from jaxcompress import quant as q
 from jaxcompress.quant import _repacked, _weight_only
 from kernels_pallas.quantized_matmul import quantized_matmul
 from kernels_pallas.target import Target
+from tests.quant.wrapping import materialize, quantize, quick, run
 
 V5E = Target("tpu", "TPU v5 lite")
 
@@ -43,14 +44,18 @@ WEIGHTS = {
 }
 
 
-def make() -> dict[str, Any]:
-    def all_of(ws: dict[str, Any]) -> dict[str, Any]:
-        return {
+@functools.cache
+def make() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Leaves, and their dense values."""
+
+    def all_of(ws: dict[str, Any]) -> Any:
+        leaves = {
             name: q.quantize(w, WEIGHTS[name][1], axes=WEIGHTS[name][2])
             for name, w in ws.items()
         }
+        return leaves, jc.materialize(leaves)
 
-    return jax.jit(all_of)(
+    return quick(all_of)(
         {
             name: normal(i, *shape)
             for i, (name, (shape, _, _)) in enumerate(WEIGHTS.items())
@@ -60,23 +65,24 @@ def make() -> dict[str, Any]:
 
 @pytest.mark.parametrize("to", ["tpu", "gpu"])
 def test_the_portable_leaf_comes_back_bit_for_bit(to: str) -> None:
-    leaves = make()
-    turned = jax.jit(lambda leaves: q.repack(leaves, to=to))(leaves)
+    leaves, dense = make()
+    turned = run(lambda leaves: q.repack(leaves, to=to), leaves)
     kept = {n for n, leaf in turned.items() if not isinstance(leaf, q.RepackedArray)}
     assert kept == {"nvfp4"}  # Its groups of 16 are no kernel's.
-    back, values = jax.jit(lambda t: (q.repack(t, to="portable"), jc.materialize(t)))(
-        turned
+    back, values = run(
+        lambda t: (q.repack(t, to="portable"), jc.materialize(t)), turned
     )
     assert jax.tree.structure(back) == jax.tree.structure(leaves)
     jax.tree.map(np.testing.assert_array_equal, back, leaves)
-    for name, value in jax.jit(jc.materialize)(leaves).items():
+    for name, value in dense.items():
         assert turned[name].shape == leaves[name].shape
         np.testing.assert_array_equal(values[name], value, err_msg=name)
 
 
 def test_files_hold_the_portable_order(tmp_path: Path) -> None:
-    leaf = q.quantize(normal(0, 64, 24), q.int4(group_size=32))
-    jc.io.save(tmp_path / "a.jc", {"w": q.repack(leaf, to="tpu")})
+    leaf = quantize(normal(0, 64, 24), q.int4(group_size=32))
+    turned = run(lambda leaf: q.repack(leaf, to="tpu"), leaf)
+    jc.io.save(tmp_path / "a.jc", {"w": turned})
     loaded = jc.io.load(tmp_path / "a.jc")["w"]
     assert isinstance(loaded, q.QuantizedArray)
     jax.tree.map(np.testing.assert_array_equal, loaded, leaf)
@@ -94,7 +100,8 @@ def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_tpu")
 def test_lift_runs_the_kernel_on_its_device() -> None:
     shape, fmt, axes = (2, 256, 24), q.int4(group_size=128), STACK
-    leaf = q.repack(q.quantize(normal(1, *shape), fmt, axes=axes), to="tpu")
+    make = lambda w: q.repack(q.quantize(w, fmt, axes=axes), to="tpu")
+    leaf = run(make, normal(1, *shape))
     x = normal(2, 3, 256)
 
     def fn(w: Any, x: Any) -> Any:
@@ -102,18 +109,19 @@ def test_lift_runs_the_kernel_on_its_device() -> None:
         return jax.lax.scan(step, x, w)[1]
 
     assert [s.how for s in jc.explain(fn, leaf, x)] == ["int4 TPU kernel"]
-    y = jax.jit(jc.lift(fn))(leaf, x)
-    exact = np.einsum("bi,sio->sbo", x.astype(np.float64), leaf.materialize())
+    y, w = run(lambda leaf, x: (jc.lift(fn)(leaf, x), jc.materialize(leaf)), leaf, x)
+    exact = np.einsum("bi,sio->sbo", x.astype(np.float64), w)
     np.testing.assert_allclose(y, exact, atol=1e-3)
 
 
 def test_elsewhere_it_is_dequantized() -> None:
-    leaf = q.repack(q.quantize(normal(3, 256, 24), q.int4(group_size=128)), to="tpu")
+    leaf = quantize(normal(3, 256, 24), q.int4(group_size=128))
+    leaf = run(lambda leaf: q.repack(leaf, to="tpu"), leaf)
     x = normal(4, 3, 256)
     fn = lambda w, x: x @ w
     assert [s.how for s in jc.explain(fn, leaf, x)] == ["dequantized dot"]
-    y = jc.lift(fn)(leaf, x)
-    np.testing.assert_allclose(y, x @ np.asarray(leaf.materialize()), atol=1e-4)
+    y = run(jc.lift(fn), leaf, x)
+    np.testing.assert_allclose(y, x @ np.asarray(materialize(leaf)), atol=1e-4)
 
 
 def test_quantized_activations_stay_with_xla() -> None:

@@ -13,17 +13,13 @@ import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import Leaf
+from tests.quick import QUICK as QUICK
+from tests.quick import quick as quick
+from tests.quick import run as run
 
 RANK, SLOTS = 2, 2
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
-
-def run(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn` of the arguments, jitted, and compiled without optimizations."""
-    return jax.jit(fn).lower(*args).compile(compiler_options=QUICK)(*args)
+quantize = quick(q.quantize, static_argnames=("fmt", "axes"))
+materialize = quick(jc.materialize)
 
 
 class Site(NamedTuple):

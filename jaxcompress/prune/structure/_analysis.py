@@ -34,16 +34,14 @@ class Product(NamedTuple):
     """A matmul or convolution, for its cost.
 
     Attributes:
-      axes: Every axis whose size multiplies the cost.
-      factor: What else does: 2, window and pixels of a convolution, calls by a scan.
+      axes: Every axis whose size multiplies the cost; also of layers that a scan runs.
+      factor: What else does: 2, window and pixels of a convolution.
       paths: Parameters that are operands.
-      level: The scan in whose body it stands, or None.
     """
 
     axes: tuple[tuple[Unit, ...], ...]
     factor: int
     paths: tuple[str, ...]
-    level: int | None
 
     @property
     def flops(self) -> int:
@@ -67,7 +65,7 @@ class Analysis:
       rules: By primitive, from the axes of the operands to those of the results.
       products: Of all matmuls and convolutions met.
       level: The scan whose body is being entered.
-      times: How often what is met runs in one call.
+      loops: The steps of the scans around it.
       names: Paths of the parameters that variables hold, moved or cast.
       layers: ``(unit, unit, scan, length)``: a unit of a stack of layers, and the same
         within the body that scans it, where every layer may have its own.
@@ -78,7 +76,7 @@ class Analysis:
     rules: dict[str, Rule]
     products: list[Product] = dataclasses.field(default_factory=list)
     level: int | None = None
-    times: int = 1
+    loops: tuple[tuple[Unit, ...], ...] = ()
     names: dict[Any, str] = dataclasses.field(default_factory=dict)
     layers: list[tuple[Unit, Unit, int, int]] = dataclasses.field(default_factory=list)
     scans: int = 0

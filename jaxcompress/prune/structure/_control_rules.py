@@ -27,17 +27,17 @@ def scan(analysis: Analysis, eqn: Any, ins: list[Axes]) -> list[Axes]:
         units = analysis.unify([axes[0] for axes in stacks], "a scan")
         lead = Axis(units, False)
         analysis.note_inexact(lead, "a scan leaves the whole layer out")
-    outer = analysis.level, analysis.times
+    outer = analysis.level, analysis.loops
     analysis.scans += 1
     analysis.level = analysis.scans if outer[0] is None else outer[0]
-    analysis.times *= length
+    analysis.loops = (*analysis.loops, lead.units)
     if outer[0] is None:
         slices = [_sliced(analysis, axes[1:], length) for axes in stacks]
     else:
         slices = [axes[1:] for axes in stacks]
     run = lambda carry: analysis.run(body, [*consts, *carry, *slices], names)
     carry, outs = _looped(analysis, carry, run, n_carry)
-    analysis.level, analysis.times = outer
+    analysis.level, analysis.loops = outer
     return [*carry, *((lead, *_left(analysis, axes)) for axes in outs[n_carry:])]
 
 

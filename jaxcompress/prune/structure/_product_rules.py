@@ -50,10 +50,9 @@ def _record(analysis: Analysis, eqn: Any, axes: list[Any], factor: int) -> None:
     names = dict.fromkeys(analysis.name(v) for v in eqn.invars)
     analysis.products.append(
         Product(
-            axes=tuple(axes),
-            factor=factor * analysis.times,
+            axes=(*axes, *analysis.loops),
+            factor=factor,
             paths=tuple(n for n in names if n is not None),
-            level=analysis.level,
         )
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxcompress import prune
 from tests.prune.structure.programs import BATCH, PARTS, TIME, Builder
-from tests.quant.wrapping import run
+from tests.quick import run
 
 
 def some_units(graph: prune.Graph, rng: np.random.Generator) -> dict[int, np.ndarray]:

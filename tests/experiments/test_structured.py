@@ -1,0 +1,58 @@
+"""The structured experiments in small: a smaller net is trained on, and scored."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data
+from experiments.lenets import pruning_run
+from experiments.models import resnet
+from experiments.structured import resnet_run, transformers_run
+from jaxcompress import prune
+
+RNG = np.random.default_rng(0)
+
+
+def test_a_smaller_resnet_learns_with_its_own_statistics() -> None:
+    model = resnet.ResNet(8)
+    x = jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    smaller = prune.structured(
+        model.apply, variables, jax.ShapeDtypeStruct((2, 8, 8, 3), x.dtype), flops=0.4
+    )
+    y = jnp.arange(8, dtype=jnp.int32)
+    batches = iter([(x, y)] * 12)
+    with jax.numpy_dtype_promotion("standard"):
+        tuned = resnet_run.fine_tune(smaller.fn, smaller.params, batches, 12, None)
+    shapes = lambda t: jax.tree.map(jnp.shape, t)
+    assert shapes(tuned) == shapes(smaller.params)
+    before, after = (smaller.params["batch_stats"], tuned["batch_stats"])
+    assert (before["bn1"]["mean"] != after["bn1"]["mean"]).all()
+    run = jax.jit(lambda v: smaller.fn(v, x, True, mutable=["batch_stats"])[0])
+    picked = lambda v: jnp.take_along_axis(run(v), y[:, None], 1).mean()
+    assert picked(tuned) > picked(smaller.params)
+
+
+def test_the_lowest_units_of_every_layer_go() -> None:
+    scores = np.array([[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    expected = [[False, True, False, True], [True, True, False, False]]
+    assert transformers_run.lowest(scores, 0.5).tolist() == expected
+
+
+def test_a_lenet_is_pruned_to_its_densities() -> None:
+    x = RNG.integers(0, 256, (256, 28, 28)).astype(np.uint8)
+    images = data.Images(x, RNG.integers(0, 10, 256).astype(np.int32))
+    net = pruning_run.NETS["lenet300"]._replace(epochs=3)
+    params = jax.jit(net.model.init)(jax.random.key(0), jnp.zeros((1, 28, 28)))
+    scheme = pruning_run.scheme_of(net, 6)
+    with jax.numpy_dtype_promotion("standard"):
+        params, state = pruning_run.train(
+            net.model, params, images, 3, 1e-3, 0.0, 0, scheme
+        )
+    packed = scheme.compress(params, state)
+    for layer, density in net.kept.items():
+        w = np.asarray(packed["params"][layer]["kernel"].materialize())
+        assert abs((w != 0).mean() - density) <= 0.5 / w.size + 1e-9
+    assert 0.0 <= pruning_run.errors(net.model, packed, images) <= 100.0
