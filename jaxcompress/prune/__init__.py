@@ -57,6 +57,7 @@ from .structure._graph import Graph as Graph
 from .structure._graph import dependency_graph as dependency_graph
 from .structure._importance import filter_norm as filter_norm
 from .structure._importance import group_norm as group_norm
+from .structure._importance import member_score as member_score
 from .structure._importance import random_importance as random_importance
 from .structure._importance import saliency_sum as saliency_sum
 from .structure._removal import Removal as Removal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import jaxcompress as jc
 from jaxcompress.layout import Layout, resolve_axes
 from jaxcompress.leaf import Transpose
 from jaxcompress.prune import BitmaskArray, BlockSparseArray, blocks
+from jaxcompress.prune._block_array import store_blocks
 from kernels_pallas import block_sparse_matmul as kernel
+from tests.quick import quick, run
 
 MATRIX, STACK, CONV, VECTOR = (10, 7), (3, 10, 7), (2, 3, 5, 3), (13,)
 AXES: dict[tuple[int, ...], Any] = {STACK: -2, CONV: (-4, -3, -2)}
@@ -34,9 +37,11 @@ def roles(shape: tuple[int, ...]) -> jc.Axes:
 def matrices(w: np.ndarray) -> np.ndarray:
     """``[S, N, K]`` of a weight."""
     axes = roles(w.shape)
-    a = np.asarray(Layout.of(w.shape, axes).to_storage(jnp.asarray(w)))
+    contract = [w.ndim + a for a in axes.contract]
+    out = [a for a in range(axes.stack, w.ndim) if a not in contract]
     entries = int(np.prod(w.shape[: axes.stack]))
-    return a.reshape(entries, -1, a.shape[-1])
+    k = int(np.prod([w.shape[a] for a in contract]))
+    return w.transpose(*range(axes.stack), *out, *contract).reshape(entries, -1, k)
 
 
 def sums(score: np.ndarray) -> np.ndarray:
@@ -73,20 +78,42 @@ def expected_mask(w: np.ndarray, scope: str) -> np.ndarray:
     return kept[:, : scores.shape[1], : scores.shape[2]]
 
 
-def compressed(
-    shape: tuple[int, ...], scope: Any = "layer", fmt: Any = None
-) -> tuple[Any, Any]:
-    """View and stored form; the mask is made under jit."""
+def places(kept: np.ndarray) -> int:
+    """Blocks in the fullest row of ``bool[S, N, K]``."""
+    return int((sums(kept) > 0).sum(-1).max())
+
+
+def scheme_of(shape: tuple[int, ...], scope: Any, fmt: Any = None) -> jc.Transform:
     pattern = blocks(sparsity=SPARSITY, shape=BLOCK, scope=scope)
     scheme = jc.prune.magnitude(sparsity=pattern, axes=AXES.get(shape))
     if fmt is not None:
         scheme = jc.chain(scheme, fmt.replace(axes=AXES.get(shape)))
-    params, state = jax.jit(scheme.init)({"w": jnp.asarray(normal(*shape))})
-    compress = jax.jit(scheme.compress) if scope == "row" else scheme.compress
-    return scheme.view(params, state)["w"], compress(params, state)["w"]
+    return scheme
 
 
-dense = jax.jit(jc.materialize)
+@functools.cache
+def compressed(
+    shape: tuple[int, ...], scope: Any = "layer", fmt: Any = None
+) -> tuple[np.ndarray, Any]:
+    """The view's values and the stored form, made under jit, of the stated capacity."""
+    scheme = scheme_of(shape, scope, fmt)
+    w = normal(*shape)
+    most = places(expected_mask(w, scope))
+
+    def compress(w: jax.Array) -> tuple[jax.Array, Any]:
+        params, state = scheme.init({"w": w})
+        view: Any = scheme.view(params, state)["w"]
+        if scope == "row":
+            return view.materialize(), scheme.compress(params, state)["w"]
+        layout = Layout.of(shape, roles(shape))
+        stored = store_blocks(view, layout, block=BLOCK, capacity=most)
+        return view.materialize(), stored
+
+    view, stored = run(compress, w)
+    return np.asarray(view), stored
+
+
+dense = quick(jc.materialize)
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
@@ -99,7 +126,7 @@ def test_the_blocks_of_smallest_sums_go(shape: tuple[int, ...], scope: str) -> N
     found = np.asarray(dense(leaf))
     expected = np.where(expected_mask(w, scope), matrices(w), 0)
     np.testing.assert_array_equal(matrices(found), expected)
-    np.testing.assert_array_equal(dense(view), found)
+    np.testing.assert_array_equal(view, found)
 
 
 def test_convolutions_and_vectors() -> None:
@@ -112,37 +139,44 @@ def test_convolutions_and_vectors() -> None:
 
 def test_it_is_what_the_kernel_reads() -> None:
     leaf = compressed(MATRIX)[1]
-    packed = kernel.pack(dense(leaf).T, block=BLOCK)
+    pack = functools.partial(kernel.pack, block=BLOCK, capacity=leaf.columns.shape[-1])
+    packed = run(pack, np.asarray(dense(leaf)).T)
     np.testing.assert_array_equal(leaf.elements, packed.values)
     np.testing.assert_array_equal(leaf.columns, packed.columns)
 
 
 def test_bytes_are_the_places_of_the_fullest_row() -> None:
-    leaf = compressed(STACK)[1]
-    most = int((sums(matrices(np.asarray(dense(leaf)) != 0)) > 0).sum(-1).max())
+    """Where the mask is concrete; the same is stored as under jit."""
+    scheme = scheme_of(STACK, "layer")
+    params, state = run(scheme.init, {"w": normal(*STACK)})
+    leaf = scheme.compress(params, state)["w"]
+    most = places(expected_mask(normal(*STACK), "layer"))
     assert leaf.columns.shape == (3, 4, most)
     assert leaf.stored_bytes == 3 * 4 * most * (2 * 4 * 4 + 4)
+    jax.tree.map(np.testing.assert_array_equal, leaf, compressed(STACK)[1])
+
+
+CODES = jc.quant.int4(group_size=5, symmetric=False)
 
 
 def test_codes_come_back_in_their_places() -> None:
-    fmt = jc.quant.int4(group_size=5, symmetric=False)
-    view, leaf = compressed(STACK, "row", fmt)
+    view, leaf = compressed(STACK, "row", CODES)
     assert isinstance(leaf, BlockSparseArray)
     assert leaf.elements.dtype == jnp.uint8
     assert leaf.elements.shape[-2:] == (2, 2)
     found = np.asarray(dense(leaf))
-    np.testing.assert_array_equal(dense(view), found)
+    np.testing.assert_array_equal(view, found)
     kept = expected_mask(normal(*STACK), "row")
     assert (matrices(found)[~kept] == 0).all()
     off = np.abs(matrices(found) - matrices(normal(*STACK)))
     assert off[kept].max() < 0.3
     with pytest.raises(jc.OrderError, match="fixes the value of every weight"):
-        leaf.map_values(lambda a: a)
+        jax.eval_shape(lambda q: q.map_values(lambda a: a), leaf)
 
 
 def test_a_count_that_is_not_static_needs_compress_outside_jit() -> None:
     scheme = jc.prune.magnitude(sparsity=blocks(sparsity=0.5, shape=BLOCK))
-    params, state = jax.jit(scheme.init)({"w": jnp.asarray(normal(*MATRIX))})
+    params, state = jax.eval_shape(scheme.init, {"w": jnp.asarray(normal(*MATRIX))})
     with pytest.raises(jax.errors.ConcretizationTypeError, match="scope='row'"):
         jax.jit(scheme.compress)(params, state)
 
@@ -152,8 +186,8 @@ def test_a_schedule_takes_more_blocks_with_time() -> None:
     scheme = jc.prune.magnitude(
         sparsity=blocks(sparsity=schedule, shape=(1, 1), scope="row")
     )
-    params, state = scheme.init({"w": jnp.asarray(normal(*MATRIX))})
-    update = jax.jit(scheme.update)
+    params, state = run(scheme.init, {"w": normal(*MATRIX)})
+    update = quick(scheme.update)
     counts = [10]
     for _ in range(2):
         params, state = update(params, state)
@@ -164,30 +198,39 @@ def test_a_schedule_takes_more_blocks_with_time() -> None:
 
 
 def test_another_mask_makes_it_bits() -> None:
-    pattern = blocks(sparsity=SPARSITY, shape=BLOCK)
-    scheme = jc.chain(
-        jc.prune.magnitude(sparsity=pattern), jc.prune.magnitude(sparsity=0.6)
-    )
-    params, state = scheme.init({"w": jnp.asarray(normal(*MATRIX))})
-    leaf, view = scheme.compress(params, state)["w"], scheme.view(params, state)["w"]
+    w = normal(*STACK)
+    more = jc.prune.magnitude(sparsity=0.6, axes=-2)
+    scheme = jc.chain(scheme_of(STACK, "layer"), more)
+    params, state = run(scheme.init, {"w": w})
+    leaf = scheme.compress(params, state)["w"]
     assert isinstance(leaf, BitmaskArray)
-    np.testing.assert_array_equal(dense(leaf), dense(view))
-    assert (np.asarray(dense(leaf)) == 0).sum() >= 42
+    found = np.asarray(dense(leaf))
+    view = run(lambda *args: jc.materialize(scheme.view(*args)), params, state)["w"]
+    np.testing.assert_array_equal(found, view)
+    assert ((found == 0).sum((1, 2)) >= 42).all()
+    assert (matrices(found)[~expected_mask(w, "layer")] == 0).all()
 
 
 def test_transposes_and_scans() -> None:
     leaf = compressed(STACK)[1]
-    turned = jax.jit(lambda q: q.relayout(Transpose(permutation=(2, 0, 1))))(leaf)
-    np.testing.assert_array_equal(dense(turned), dense(leaf).transpose(2, 0, 1))
     assert leaf.stacked(1) is leaf
-    _, layers = jax.lax.scan(lambda _, w: (None, w.materialize()), None, leaf)
-    np.testing.assert_array_equal(layers, dense(leaf))
+
+    def both(leaf: Any) -> tuple[jax.Array, jax.Array]:
+        turned = leaf.relayout(Transpose(permutation=(2, 0, 1)))
+        _, layers = jax.lax.scan(lambda _, w: (None, w.materialize()), None, leaf)
+        return turned.materialize(), layers
+
+    turned, layers = run(both, leaf)
+    expected = np.asarray(dense(leaf))
+    np.testing.assert_array_equal(turned, expected.transpose(2, 0, 1))
+    np.testing.assert_array_equal(layers, expected)
 
 
 def test_whole_rows_of_blocks_are_sharded() -> None:
     pattern = blocks(sparsity=0.5, shape=(2, 5), scope="row")
     scheme = jc.prune.magnitude(sparsity=pattern, axes=-2)
-    leaf = scheme.compress(*scheme.init({"w": jnp.asarray(normal(3, 10, 8))}))["w"]
+    compress = lambda w: scheme.compress(*scheme.init({"w": w}))["w"]
+    leaf = jax.eval_shape(compress, jnp.asarray(normal(3, 10, 8)))
     specs = leaf.component_specs(("d", None, "e"), {"d": 3, "e": 4})
     assert (specs.elements, specs.columns) == (P("d", "e"), P("d", "e"))
     for spec, sizes in (((None, "e", None), {"e": 2}), ((None, None, "e"), {"e": 8})):
@@ -197,7 +240,7 @@ def test_whole_rows_of_blocks_are_sharded() -> None:
 
 def test_the_kernel_runs_where_it_was_asked_for() -> None:
     leaf = compressed(STACK)[1]
-    tree = jc.prune.use_kernels({"w": leaf, "b": jnp.ones(7)})
+    tree = jc.prune.use_kernels({"w": leaf, "b": jnp.asarray(np.ones(7, np.float32))})
     x = jnp.asarray(np.random.default_rng(9).normal(size=(3, 5, 10)), jnp.float32)
     layers = lambda p, x: jax.lax.scan(
         lambda c, wx: (c, wx[1] @ wx[0] + p["b"][None]), None, (p["w"], x)
@@ -207,10 +250,10 @@ def test_the_kernel_runs_where_it_was_asked_for() -> None:
     assert "gathered" not in str(jc.explain(layers, {**tree, "w": leaf}, x))
     expected = matrices(np.asarray(dense(leaf))).swapaxes(1, 2)
     expected = np.einsum("smk,skn->smn", np.float64(x), expected) + 1
-    found = jax.jit(jc.lift(layers))(tree, x)
+    found = run(jc.lift(layers), tree, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert tree["w"].portable().kernel is False
-    codes = compressed(STACK, "row", jc.quant.int4())[1]
+    codes = compressed(STACK, "row", CODES)[1]
     assert jc.prune.use_kernels(codes) is codes
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.lift import Statistics, statistics
+from jaxcompress.lift import statistics
 from jaxcompress.prune import BitmaskArray, NMArray, nm, scores, wanda_weight
+from tests.quick import run
 
 K, R = 12, 5
 
@@ -24,8 +25,15 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.normal(size=(K, R)).astype(np.float32)
 
 
-def seen(x: np.ndarray) -> Statistics:
-    return statistics(jnp.asarray(x))
+def pruned(w: np.ndarray, sparsity: Any, x: Any, **options: Any) -> Any:
+    """The leaf, and what it holds."""
+
+    def solve(w: jax.Array, x: Any) -> Any:
+        stats = None if x is None else statistics(x)
+        leaf = wanda_weight(w, sparsity, stats, **options)
+        return leaf, leaf.materialize()
+
+    return run(solve, w, x)
 
 
 def expected(x: np.ndarray, w: np.ndarray, count: int) -> np.ndarray:
@@ -42,15 +50,15 @@ def expected(x: np.ndarray, w: np.ndarray, count: int) -> np.ndarray:
 
 def test_the_paper() -> None:
     x, w = problem()
-    leaf = wanda_weight(jnp.asarray(w), 0.4, seen(x))
+    leaf, found = pruned(w, 0.4, x)
     assert isinstance(leaf, BitmaskArray)
-    np.testing.assert_array_equal(leaf.materialize(), expected(x, w, 5))
+    np.testing.assert_array_equal(found, expected(x, w, 5))
     assert leaf.elements.shape == (R * 7,)
 
 
 def test_inputs_matter() -> None:
     x, w = problem()
-    blind = wanda_weight(jnp.asarray(w), 0.4, None).materialize()
+    _, blind = pruned(w, 0.4, None)
     np.testing.assert_array_equal(blind, expected(np.ones_like(x), w, 5))
     lost = lambda q: np.linalg.norm(x @ (w - np.asarray(q)))
     assert lost(expected(x, w, 5)) < 0.7 * lost(blind)
@@ -58,7 +66,7 @@ def test_inputs_matter() -> None:
 
 def test_patterns_compare_their_groups() -> None:
     x, w = problem()
-    leaf = jax.jit(lambda w, s: wanda_weight(w, nm(2, 4), s))(w, seen(x))
+    leaf, found = pruned(w, nm(2, 4), x)
     assert isinstance(leaf, NMArray)
     metric = np.abs(w) * np.linalg.norm(x, axis=0)[:, None]
     kept = np.zeros(w.shape, bool)
@@ -66,15 +74,18 @@ def test_patterns_compare_their_groups() -> None:
         group = slice(4 * start, 4 * start + 4)
         best = np.argsort(metric[group, o])[2:]
         kept[4 * start + best, o] = True
-    np.testing.assert_array_equal(leaf.materialize(), np.where(kept, w, 0))
+    np.testing.assert_array_equal(found, np.where(kept, w, 0))
 
 
 def test_stack_entries_without_rows_go_by_magnitude() -> None:
     x, w = problem()
-    both = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a)]), seen(x))
-    stack = jnp.stack([jnp.asarray(w)] * 2)
-    run = jax.jit(lambda w, s: wanda_weight(w, 0.4, s, axes=-2).materialize())
-    found = run(stack, both)
+
+    def solve(w: jax.Array, x: jax.Array) -> jax.Array:
+        both = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a)]), statistics(x))
+        stack = jnp.stack([w, w])
+        return wanda_weight(stack, 0.4, both, axes=-2).materialize()
+
+    found = run(solve, w, x)
     np.testing.assert_array_equal(found[0], expected(x, w, 5))
     np.testing.assert_array_equal(found[1], expected(np.ones_like(x), w, 5))
 
@@ -83,16 +94,17 @@ def model(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["a"]) @ p["b"]
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_the_sweep_sees_pruned_inputs() -> None:
     x, w = problem()
-    rng = np.random.default_rng(1)
-    params = {"a": jnp.asarray(w), "b": jnp.asarray(rng.normal(size=(R, K)), "float32")}
+    b = np.random.default_rng(1).normal(size=(R, K)).astype(np.float32)
+    params = {"a": jnp.asarray(w), "b": jnp.asarray(b)}
     rules = {"a": 0.4, "b": nm(1, 2)}
     found = jc.prune.wanda(model, params, [jnp.asarray(x)], rules=rules)
-    np.testing.assert_array_equal(found["a"].materialize(), expected(x, w, 5))
-    inner = jnp.tanh(jnp.asarray(x) @ found["a"].materialize())
-    alone = wanda_weight(params["b"], nm(1, 2), statistics(inner))
-    np.testing.assert_array_equal(found["b"].materialize(), alone.materialize())
+    dense = run(jc.materialize, found)
+    np.testing.assert_array_equal(dense["a"], expected(x, w, 5))
+    _, alone = pruned(b, nm(1, 2), np.tanh(x @ np.asarray(dense["a"])))
+    np.testing.assert_array_equal(dense["b"], alone)
 
 
 def test_another_score() -> None:
@@ -102,9 +114,8 @@ def test_another_score() -> None:
         assert second_moment.shape == (K,)
         return scores.magnitude(w)
 
-    leaf = wanda_weight(jnp.asarray(w), 0.4, seen(x), score=magnitude)
-    plain = expected(np.ones_like(x), w, 5)
-    np.testing.assert_array_equal(leaf.materialize(), plain)
+    _, found = pruned(w, 0.4, x, score=magnitude)
+    np.testing.assert_array_equal(found, expected(np.ones_like(x), w, 5))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -91,6 +92,56 @@ def saliency_sum(scores: Any, *, normalize: Normalization = "none") -> Importanc
         return _normalized(_sum(group, given), normalize)
 
     return importance
+
+
+def member_score(
+    score: Callable[[jax.Array, int], jax.Array],
+    where: tree.Rule = "**",
+    *,
+    normalize: Normalization = "mean",
+) -> Importance:
+    """The sum, over parameters that a rule chooses, of a score of each position.
+
+    Args:
+      score: ``(w, axis) -> float[n]``, of one parameter along one of its axes:
+        distances between filters, ``lambda w, axis: scores.geometric_median(w,
+        axis=axis)``; or of a norm, ``lambda w, axis: scores.batch_norm_scale(w)``.
+      where: Rule for its path: ``"**/kernel"``, ``"**/scale"``. Of a kernel of several
+        axes the last counts, which makes the unit.
+      normalize: As for `group_norm`.
+
+    References:
+      He et al., `Filter Pruning via Geometric Median
+      <https://arxiv.org/abs/1811.00250>`_, 2019; Liu et al., `Network Slimming
+      <https://arxiv.org/abs/1708.06519>`_, 2017.
+    """
+    one = lambda w, axis: jnp.asarray(score(w, axis), jnp.float32)
+
+    def importance(graph: Graph, group: Group, params: Mapping[str, Any]) -> np.ndarray:
+        stack = 1 if group.layers > 1 else 0
+        total: Any = 0.0
+        chosen = tree.choose(
+            {where: True}, {p: params[p] for p in group.paths}, who=_WHO
+        )
+        for m in group.members:
+            last = len(graph.shapes[m.path]) - stack - 1
+            if m.path not in chosen or m.axis - stack != last:
+                continue
+            along = functools.partial(one, axis=last)
+            values = jax.vmap(along) if stack else along
+            total = total + np.asarray(values(params[m.path]))[..., m.positions].sum(-1)
+        if np.ndim(total) == 0:
+            raise ValueError(
+                f"{_WHO}: where={where!r} chooses no parameter that makes the units of "
+                f"group {group.number} ({', '.join(group.paths[:3])}). Widen the rule, "
+                "or leave the group out with groups=."
+            )
+        return _normalized(total, normalize)
+
+    return importance
+
+
+_WHO = "prune.member_score"
 
 
 def random_importance(key: jax.Array) -> Importance:

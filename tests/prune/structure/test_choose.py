@@ -60,6 +60,18 @@ def test_saliencies_are_summed_over_units() -> None:
         prune.saliency_sum({"a": scores["a"]})(GRAPH, second, PARAMS)
 
 
+def test_scores_of_members_are_those_of_what_makes_a_unit() -> None:
+    median = lambda w, axis: prune.scores.geometric_median(w, axis=axis)
+    second = GRAPH.removable[1]
+    importance = prune.member_score(median, normalize="none")
+    found = importance(GRAPH, second, PARAMS)
+    b = np.asarray(PARAMS["b"], np.float64)
+    apart = np.linalg.norm(b[:, :, None] - b[:, None], axis=0).sum(0)
+    np.testing.assert_allclose(found, apart, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"where='c' chooses no parameter that makes"):
+        prune.member_score(median, "c")(GRAPH, second, PARAMS)
+
+
 @pytest.mark.parametrize("scope", ["global", "group"])
 @pytest.mark.parametrize("target", [{"parameters": 0.5}, {"flops": 0.4}])
 def test_the_least_important_go_until_the_target_is_met(

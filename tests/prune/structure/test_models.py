@@ -46,7 +46,7 @@ def members(graph: prune.Graph, size: int, path: str) -> set[tuple[str, int]]:
 
 
 def test_mobilenet_couples_a_depthwise_filter_with_its_channel() -> None:
-    stages = (mobilenet.Stage(1, 4, 1, 1), mobilenet.Stage(3, 6, 2, 2))
+    stages = (mobilenet.Stage(3, 6, 2, 2),)
     model = mobilenet.MobileNetV2(stages=stages, head=8)
     shapes = jax.eval_shape(model.init, KEY, IMAGES)
     graph = check(
@@ -57,14 +57,14 @@ def test_mobilenet_couples_a_depthwise_filter_with_its_channel() -> None:
         parameters=0.5,
         scope="group",
     )
-    inner = members(graph, 18, "params/stage1_1/depthwise/kernel")
+    inner = members(graph, 18, "params/stage0_1/depthwise/kernel")
     kernels = {(p, axis) for p, axis in inner if p.endswith("kernel")}
     assert kernels == {
-        ("stage1_1/expand/kernel", 3),
-        ("stage1_1/depthwise/kernel", 3),
-        ("stage1_1/project/kernel", 2),
+        ("stage0_1/expand/kernel", 3),
+        ("stage0_1/depthwise/kernel", 3),
+        ("stage0_1/project/kernel", 2),
     }
-    assert ("stage1_1/depthwise_norm/scale", 0) in inner
+    assert ("stage0_1/depthwise_norm/scale", 0) in inner
 
 
 def test_resnet_couples_the_channels_that_a_shortcut_pads() -> None:
