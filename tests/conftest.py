@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-
-# What one worker or test has compiled, no other compiles again. Set the folder, and a
-# later run of the same tests compiles nothing.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    cache = tempfile.mkdtemp(prefix="jaxcompress-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # Workers inherit it.
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from collections.abc import Iterator
 from pathlib import Path
