@@ -23,7 +23,7 @@ from tests.quick import quick, run
 MATRIX, STACK, CONV, VECTOR = (10, 7), (3, 10, 7), (2, 3, 5, 3), (13,)
 AXES: dict[tuple[int, ...], Any] = {STACK: -2, CONV: (-4, -3, -2)}
 BLOCK = (2, 4)
-SPARSITY = 0.4
+SPARSITY = 0.6
 
 
 def normal(*shape: int) -> np.ndarray:
