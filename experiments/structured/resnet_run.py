@@ -43,7 +43,7 @@ class Method(NamedTuple):
 
     importance: Any
     scope: Any
-    round_to: int = 4
+    round_to: int = 8
 
 
 METHODS = {

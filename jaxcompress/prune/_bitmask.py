@@ -15,10 +15,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from jaxcompress import coded
+from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import FROZEN, Leaf, component, leaf_type, static
 from jaxcompress.prune._masked import MaskedArray
-from jaxcompress.prune._sparse import SparseLeaf, join, specs_along, split
+from jaxcompress.prune._sparse import SparseLeaf, join, specs_along
 from kernels_pallas import packing
 
 
@@ -39,7 +41,7 @@ class BitmaskArray(SparseLeaf):
 
     mask: jax.Array = component(role=FROZEN)
     elements: jax.Array = component(role=FROZEN)
-    frame: Leaf | None = component(role=FROZEN, default=None)
+    frame: CodedLeaf | None = component(role=FROZEN, default=None)
     layout: Layout = static()
     pad: int = static()
     capacity: int = static()
@@ -69,10 +71,7 @@ class BitmaskArray(SparseLeaf):
         kept = packing.unpack(self.mask, bits=1, count=self._k).astype(bool)
         rows = kept.reshape(*kept.shape[: self.stack], -1)
         place = jnp.maximum(jnp.cumsum(rows, axis=-1, dtype=jnp.int32) - 1, 0)
-        elements = self.elements
-        if self.frame is not None:
-            bits = self.frame.bits  # type: ignore[attr-defined]
-            elements = packing.unpack(elements, bits=bits, count=self.capacity)
+        elements = coded.unpack(self.elements, self.frame, self.capacity)
         if self.capacity:
             dense = jnp.take_along_axis(elements, place, axis=-1)
         else:
@@ -126,14 +125,12 @@ def store(
     stack = layout.stack_ndim(kept.ndim)
     rows = kept.reshape(*kept.shape[:stack], -1)
     capacity = _capacity(rows, capacity)
-    elements, frame = split(masked.inner, layout)
+    elements, frame = coded.split(masked.inner, layout)
     compact = _compact(elements.reshape(rows.shape), rows, capacity)
-    if frame is not None:
-        compact = packing.pack(compact, bits=frame.bits)  # type: ignore[attr-defined]
     bits = packing.pack(kept.astype(jnp.uint8), bits=1)
     return BitmaskArray(
         mask=bits,
-        elements=compact,
+        elements=coded.pack(compact, frame),
         frame=frame,
         layout=layout,
         pad=bits.shape[-1] * 8 - kept.shape[-1],

@@ -12,13 +12,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from jaxcompress import coded
+from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import FROZEN, Leaf, Ran, component, leaf_type, static
 from jaxcompress.prune import _bitmask
 from jaxcompress.prune._kernels import block_dot, block_site
 from jaxcompress.prune._masked import MaskedArray
-from jaxcompress.prune._sparse import SparseLeaf, join, specs_along, split
-from kernels_pallas import packing
+from jaxcompress.prune._sparse import SparseLeaf, join, specs_along
 
 EMPTY = -1
 """The column of a place that holds no block."""
@@ -50,7 +51,7 @@ class BlockSparseArray(SparseLeaf):
 
     elements: jax.Array = component(role=FROZEN)
     columns: jax.Array = component(role=FROZEN)
-    frame: Leaf | None = component(role=FROZEN, default=None)
+    frame: CodedLeaf | None = component(role=FROZEN, default=None)
     layout: Layout = static()
     block: tuple[int, int] = static()
     out: tuple[int, ...] = static()
@@ -94,10 +95,7 @@ class BlockSparseArray(SparseLeaf):
     def expand(self) -> MaskedArray:
         """The training form: every element in its place."""
         bn, bk = self.block
-        elements = self.elements
-        if self.frame is not None:
-            bits = self.frame.bits  # type: ignore[attr-defined]
-            elements = packing.unpack(elements, bits=bits, count=bk)
+        elements = coded.unpack(self.elements, self.frame, bk)
         columns = -(-self.k // bk)
         full = self.columns >= 0
 
@@ -206,7 +204,7 @@ def store_blocks(
       ConcretizationTypeError: If the mask is traced and no capacity given.
       ValueError: If the capacity is too small.
     """
-    elements, frame = split(masked.inner, layout)
+    elements, frame = coded.split(masked.inner, layout)
     kept = layout.to_storage(masked.mask)
     if frame is None:
         elements = jnp.where(kept, elements, jnp.zeros_like(elements))
@@ -220,11 +218,8 @@ def store_blocks(
         in_blocks(elements, layout, block), order[..., None, None], axis=-3
     )
     chosen = jnp.where(full[..., None, None], chosen, jnp.zeros_like(chosen))
-    if frame is not None:
-        bits = frame.bits  # type: ignore[attr-defined]
-        chosen = packing.pack(chosen, bits=bits)
     return BlockSparseArray(
-        elements=chosen,
+        elements=coded.pack(chosen, frame),
         columns=jnp.where(full, order.astype(jnp.int32), EMPTY),
         frame=frame,
         layout=layout,

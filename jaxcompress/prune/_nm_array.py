@@ -11,11 +11,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from jaxcompress import coded
+from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import FROZEN, Leaf, component, leaf_type, static
 from jaxcompress.prune import _bitmask
 from jaxcompress.prune._masked import MaskedArray
-from jaxcompress.prune._sparse import SparseLeaf, join, specs_along, split
+from jaxcompress.prune._sparse import SparseLeaf, join, specs_along
 from kernels_pallas import packing
 
 
@@ -43,7 +45,7 @@ class NMArray(SparseLeaf):
 
     elements: jax.Array = component(role=FROZEN)
     places: jax.Array = component(role=FROZEN)
-    frame: Leaf | None = component(role=FROZEN, default=None)
+    frame: CodedLeaf | None = component(role=FROZEN, default=None)
     layout: Layout = static()
     n: int = static()
     m: int = static()
@@ -76,10 +78,7 @@ class NMArray(SparseLeaf):
         """The training form: every element in its place."""
         count = self._count
         places = packing.unpack(self.places, bits=place_bits(self.m), count=count)
-        elements = self.elements
-        if self.frame is not None:
-            bits = self.frame.bits  # type: ignore[attr-defined]
-            elements = packing.unpack(elements, bits=bits, count=count)
+        elements = coded.unpack(self.elements, self.frame, count)
         lead = places.shape[:-1]
         groups = (*lead, count // self.n, self.n)
         places, elements = places.reshape(groups), elements.reshape(groups)
@@ -154,17 +153,14 @@ def store_nm(masked: MaskedArray, layout: Layout, *, n: int, m: int) -> NMArray:
     def chosen(a: jax.Array) -> jax.Array:
         return jnp.take_along_axis(grouped(a), places, axis=-1).reshape(*lead, -1)
 
-    elements, frame = split(masked.inner, layout)
+    elements, frame = coded.split(masked.inner, layout)
     elements = chosen(elements)
     if frame is None:
         elements = jnp.where(chosen(kept), elements, jnp.zeros_like(elements))
-    else:
-        bits = frame.bits  # type: ignore[attr-defined]
-        elements = packing.pack(elements, bits=bits)
     codes = places.astype(jnp.uint8).reshape(*lead, -1)
     words = packing.pack(codes, bits=place_bits(m))
     return NMArray(
-        elements=elements,
+        elements=coded.pack(elements, frame),
         places=words,
         frame=frame,
         layout=layout,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import Cast, LayoutOp, Leaf, OrderError, Ran
 from jaxcompress.prune._masked import MaskedArray
@@ -20,12 +21,10 @@ class SparseLeaf(Leaf):
     """A leaf that stores only the elements that are kept, and where they are.
 
     The elements of a quantized weight are its codes, packed; the rest of that leaf
-    (scales, zero points), its *frame*, is kept beside them. A leaf that can be stored
-    so has ``elements()`` (codes in storage order), ``without_elements()``,
-    ``with_elements(codes)`` and ``bits``.
+    (scales, zero points), its *frame*, is kept beside them.
     """
 
-    frame: Any
+    frame: CodedLeaf | None
     layout: Layout
     dtype_name: str
 
@@ -115,16 +114,8 @@ class SparseLeaf(Leaf):
         return x if self.frame is None else self.expand().prepare_activations(x, axes)
 
 
-def split(values: Any, layout: Layout) -> tuple[jax.Array, Leaf | None]:
-    """Elements ``[*stack, *out, K]`` of an array or quantized leaf, and its frame."""
-    if isinstance(values, Leaf):
-        elements = values.elements()  # type: ignore[attr-defined]
-        return elements, values.without_elements()  # type: ignore[attr-defined]
-    return layout.to_storage(values), None
-
-
 def join(dense: jax.Array, leaf: SparseLeaf) -> Any:
-    """Undo `split`: the array or quantized leaf of elements in storage order."""
+    """Undo `coded.split`: the array or quantized leaf of elements in storage order."""
     if leaf.frame is None:
         return leaf.layout.from_storage(dense).astype(leaf.dtype)
     return leaf.frame.with_elements(dense)

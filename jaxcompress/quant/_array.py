@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     FROZEN,
@@ -36,7 +37,7 @@ from kernels_pallas import packing
 
 
 @leaf_type
-class QuantizedArray(Leaf):
+class QuantizedArray(CodedLeaf):
     """A weight as low-bit codes and scales.
 
     In storage order, with ``b`` bits a code and ``G`` groups along the contracting

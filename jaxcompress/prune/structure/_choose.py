@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -60,16 +61,20 @@ def choose_units(
     scores = {g.number: (importance or group_norm())(graph, g, flat) for g in chosen}
     plans = _plans(chosen, scores, scope, keep_at_least, round_to)
     target, what, cost_of = _target(graph, parameters, flops, measured)
-    units = lambda k: _units(chosen, scores, plans(k))
+    units = lambda counts: _units(chosen, scores, counts)
     start = cost_of({})
-    least = cost_of(units(1.0))
+    least = cost_of(units(plans(1.0)))
     if least > target * start:
         raise ValueError(
             f"prune: {what}={target} is out of reach: with {keep_at_least} of the "
             f"units of {len(chosen)} groups kept, {least / start:.4f} of the {what} "
             "are left. Lower keep_at_least, or add groups."
         )
-    return units(_smallest(lambda f: cost_of(units(f)) <= target * start))
+    reached = lambda counts: cost_of(units(counts)) <= target * start
+    counts = plans(_smallest(lambda f: reached(plans(f))))
+    if measured is None:  # Counting again is cheap; measuring is not.
+        counts = _put_back(chosen, scores, counts, round_to, reached)
+    return units(counts)
 
 
 def _groups(graph: Graph, numbers: Sequence[int] | None) -> list[Group]:
@@ -156,6 +161,39 @@ def _plans(
         return {g.number: rounded(g, int((gone == g.number).sum())) for g in groups}
 
     return plan
+
+
+def _put_back(
+    groups: Sequence[Group],
+    scores: Mapping[int, np.ndarray],
+    counts: Mapping[int, int],
+    round_to: int,
+    reached: Callable[[dict[int, int]], bool],
+) -> dict[int, int]:
+    """Keep what the target leaves room for, the most important units first.
+
+    Where sizes are rounded, many groups take a step at once and the target is passed by
+    far.
+    """
+    counts = dict(counts)
+
+    def next_step(g: Group) -> tuple[float, int, int, Group]:
+        """Minus the mean relative score of the units one step would bring back."""
+        lost = counts[g.number]
+        fewer = max(0, lost - (round_to if round_to < g.size else 1))
+        ranked = np.sort(_by_layer(scores[g.number]), -1).mean(0)
+        return -float(ranked[fewer:lost].mean() / ranked.mean()), g.number, fewer, g
+
+    steps = [next_step(g) for g in groups if counts[g.number]]
+    heapq.heapify(steps)
+    while steps:
+        _, number, fewer, g = heapq.heappop(steps)
+        if not reached(counts | {number: fewer}):
+            continue
+        counts[number] = fewer
+        if fewer:
+            heapq.heappush(steps, next_step(g))
+    return counts
 
 
 def _by_layer(scores: np.ndarray) -> np.ndarray:
