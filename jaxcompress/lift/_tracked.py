@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcompress.layout import Axes
+from jaxcompress.layout import Axes, reshape_pieces
 from jaxcompress.leaf import Cast, LayoutOp, Leaf, Reshape, Transpose, relayout
 from jaxcompress.lift import _compat
 from jaxcompress.tree import flatten, unflatten
@@ -168,14 +167,7 @@ def _reshape_dims(
 ) -> tuple[tuple[int, ...], ...]:
     """What the axes after a reshape are made of; axes of size one carry nothing."""
     result: list[tuple[int, ...]] = [()] * len(new)
-    olds = [i for i, n in enumerate(old) if n != 1]
-    news = [j for j, n in enumerate(new) if n != 1]
-    while olds and news:
-        left, right = [olds.pop(0)], [news.pop(0)]
-        while (a := math.prod(old[i] for i in left)) != (
-            b := math.prod(new[j] for j in right)
-        ):
-            (left if a < b else right).append((olds if a < b else news).pop(0))
+    for left, right in reshape_pieces(old, new):
         merged = tuple(a for i in left for a in dims[i])
         for j in right:
             result[j] = merged

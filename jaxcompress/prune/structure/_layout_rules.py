@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from jaxcompress.layout import reshape_pieces
 from jaxcompress.prune.structure._analysis import Analysis, Axes, Axis, Rule, is_zero
 from jaxcompress.prune.structure._elementwise import ELEMENTWISE, keeps_zero
-from jaxcompress.prune.structure._reshape import pieces
 
 ALONE = "is taken out of its axis alone"
 
@@ -80,7 +80,7 @@ def reshape(analysis: Analysis, eqn: Any, ins: list[Axes]) -> list[Axes]:
     for a in ins[0]:
         if len(a.units) == 1:
             analysis.fix(a, ALONE)
-    for olds, news in pieces(old, new):
+    for olds, news in reshape_pieces(old, new):
         axis = merge([ins[0][i] for i in olds])
         for place, part in zip(
             news, divide(analysis, axis, [new[j] for j in news]), strict=True

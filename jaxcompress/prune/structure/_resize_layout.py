@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress.layout import reshape_pieces
 from jaxcompress.lift import _compat
 from jaxcompress.prune.structure._elementwise import ELEMENTWISE
-from jaxcompress.prune.structure._reshape import pieces
 from jaxcompress.prune.structure._sized import Kept, Sized, as_kept, both, there
 
 Rule = Callable[[Any, list[Sized]], list[Sized]]
@@ -85,7 +85,7 @@ def reshape(eqn: Any, ins: list[Sized]) -> list[Sized]:
     """Positions of merged axes are left where they are in both; of split axes, too."""
     old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
     kept: list[Kept] = [None] * len(new)
-    for olds, news in pieces(old, new):
+    for olds, news in reshape_pieces(old, new):
         left = np.ones((), bool)
         for i in olds:
             left = np.logical_and.outer(left, there(ins[0].kept[i], old[i]))

@@ -109,6 +109,18 @@ def test_what_is_left_is_a_multiple() -> None:
     }
 
 
+def test_where_sizes_are_rounded_what_the_target_leaves_room_for_stays() -> None:
+    units = prune.choose_units(GRAPH, PARAMS, parameters=0.6, round_to=4, scope="group")
+    cost = prune.Cost(GRAPH)
+    assert cost(units).parameters <= 0.6 * cost({}).parameters
+    for number, gone in units.items():
+        back = np.flatnonzero(gone)[:4]
+        fewer = gone.copy()
+        fewer[back] = False
+        more = cost({**units, number: fewer}).parameters
+        assert not len(back) or more > 0.6 * cost({}).parameters
+
+
 def test_a_measured_cost_is_a_target_too() -> None:
     cost = prune.Cost(GRAPH)
     seconds = lambda units: float(cost(units).flops) * 1e-9
@@ -118,10 +130,9 @@ def test_a_measured_cost_is_a_target_too() -> None:
 
 
 def test_only_the_groups_asked_for_shrink() -> None:
-    first, second = GRAPH.removable
+    second = GRAPH.removable[1]
     units = prune.choose_units(GRAPH, PARAMS, parameters=0.7, groups=[second.number])
     assert set(units) == {second.number}
-    del first
 
 
 @pytest.mark.parametrize(

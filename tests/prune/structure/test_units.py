@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxcompress.prune.structure._reshape import pieces
+from jaxcompress.layout import reshape_pieces
 from jaxcompress.prune.structure._units import Units
 
 
@@ -83,6 +83,6 @@ def test_bound_nodes_hand_on_what_is_known() -> None:
 
 
 def test_a_reshape_in_pieces() -> None:
-    assert pieces((2, 3, 1, 4), (6, 2, 2)) == [([0, 1], [0]), ([3], [1, 2])]
-    assert pieces((4, 6), (8, 3)) == [([0, 1], [0, 1])]
-    assert pieces((1, 5), (5, 1, 1)) == [([1], [0])]
+    assert reshape_pieces((2, 3, 1, 4), (6, 2, 2)) == [([0, 1], [0]), ([3], [1, 2])]
+    assert reshape_pieces((4, 6), (8, 3)) == [([0, 1], [0, 1])]
+    assert reshape_pieces((1, 5), (5, 1, 1)) == [([1], [0])]
