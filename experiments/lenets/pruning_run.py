@@ -42,7 +42,9 @@ class Settings(NamedTuple):
       epochs: Epochs of training while it is pruned and after.
       ramp: Fraction of those until the sparsity is reached.
       learning_rate: Of dense training; the pruned net starts with half of it.
-      decay: Weight decay.
+      decay: Weight decay of dense training.
+      pruned_decay: And while the net is pruned: few weights that must fit what many did
+        fit it too closely.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
     ramp: float = 0.5
     learning_rate: float = 1.5e-3
     decay: float = 1e-2
+    pruned_decay: float = 0.3
 
 
 NETS = {
@@ -163,14 +166,13 @@ def main() -> None:
                 continue
             blank = jnp.zeros((1, 28, 28))
             params = jax.jit(net.model.init)(jax.random.key(seed), blank)
-            rate, decay = net.learning_rate, net.decay
             params, _ = train(
                 net.model,
                 params,
                 images,
                 net.dense_epochs,
-                rate,
-                decay,
+                net.learning_rate,
+                net.decay,
                 seed,
                 jc.identity(),
             )
@@ -184,8 +186,8 @@ def main() -> None:
                 params,
                 images,
                 net.epochs,
-                rate / 2,
-                decay,
+                net.learning_rate / 2,
+                net.pruned_decay,
                 seed + 100,
                 scheme,
             )

@@ -3,6 +3,8 @@
 Units go by group norms, or by the Taylor scores of a loss: next tokens of stories, and
 how near cosines come to what people said of sentence pairs. Layers go by influence.
 MiniLM: Spearman correlation x100 on STS-B test; stories: mean NLL on stories 1200-1229.
+What is left is compared with the whole model with zeros in place of what went; where a
+layer went, with the unstacked model that passes it over.
 
     python -m experiments.structured.transformers_run [--resume] [--models stories]
 """
@@ -10,10 +12,12 @@ MiniLM: Spearman correlation x100 on STS-B test; stories: mean NLL on stories 12
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +46,7 @@ class Case(NamedTuple):
       heads: A weight, an axis of it and how many positions of that are one head.
       width: A weight and an axis of it.
       layers: A weight whose axis 0 counts the layers.
+      without_layer: The unstacked model without layer i, as a function of the batch.
     """
 
     fn: Callable[..., Any]
@@ -52,6 +57,32 @@ class Case(NamedTuple):
     heads: tuple[str, int, int]
     width: tuple[str, int]
     layers: str
+    without_layer: Callable[[int], Callable[..., jax.Array]]
+
+
+def passing_over(
+    model: Any, params: Any, unchanged: Callable[[Any], Any]
+) -> Callable[[int], Callable[..., jax.Array]]:
+    """Runs of an unstacked model that pass one of its layers over.
+
+    Args:
+      model: Of modules `layers_0`, `layers_1` and so on.
+      params: Its params.
+      unchanged: What a layer that does nothing returns, of its arguments.
+    """
+
+    def without(i: int) -> Callable[..., jax.Array]:
+        def call(go_on: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            here = context.module.name == f"layers_{i}"
+            return unchanged(args) if here else go_on(*args, **kwargs)
+
+        def run(*batch: jax.Array) -> jax.Array:
+            with nn.intercept_methods(call):
+                return model.apply(params, *batch)
+
+        return run
+
+    return without
 
 
 def stories_case(root: Path | None) -> Case:
@@ -76,6 +107,9 @@ def stories_case(root: Path | None) -> Case:
         heads=("params/layers/attention/wk/kernel", 2, stories.HEAD),
         width=("params/layers/w1/kernel", 2),
         layers="params/layers/w1/kernel",
+        without_layer=passing_over(
+            *stories.load(scan=False, root=root), lambda args: (args[0], args[2])
+        ),
     )
 
 
@@ -120,6 +154,7 @@ def minilm_case(root: Path | None) -> Case:
         heads=("params/layers/attention/key/kernel", 2, minilm.WIDTH // minilm.HEADS),
         width=("params/layers/intermediate/kernel", 2),
         layers="params/layers/intermediate/kernel",
+        without_layer=passing_over(*minilm.load(), lambda args: args[0]),
     )
 
 
@@ -155,13 +190,14 @@ def run(case: Case, name: str, report: Report) -> None:
     }
     dense = seconds_of(case.fn, case.params, *case.batches[0])
 
-    def add(method: str, units: dict[int, np.ndarray]) -> None:
+    def add(method: str, units: dict[int, np.ndarray], same: Any = None) -> None:
         if (name, method) in report:
             return
         removal = jc.prune.Removal.of(graph, units)
         fn, small = removal.smaller(case.fn), removal.take(case.params)
         found = jax.jit(fn)(small, *case.batches[0])
-        masked = jax.jit(case.fn)(removal.mask(case.params), *case.batches[0])
+        same = same or functools.partial(case.fn, removal.mask(case.params))
+        masked = jax.jit(same)(*case.batches[0])
         difference = float(jnp.abs(found - masked).max() / jnp.abs(masked).max())
         cost = jc.prune.Cost(graph)
         report.add(
@@ -197,7 +233,8 @@ def run(case: Case, name: str, report: Report) -> None:
         if (m.path, m.axis) == (case.layers, 0)
     )
     for i in range(layers.size):
-        add(f"layer {i}", {layers.number: np.arange(layers.size) == i})
+        gone = {layers.number: np.arange(layers.size) == i}
+        add(f"layer {i}", gone, case.without_layer(i))
 
 
 CASES = {"stories": stories_case, "minilm": minilm_case}
