@@ -164,7 +164,7 @@ def main() -> None:
         for seed in options.seeds:
             if (which, f"pruned, seed {seed}") in report:
                 continue
-            blank = jnp.zeros((1, 28, 28))
+            blank = jnp.zeros((1, 28, 28, 1))
             params = jax.jit(net.model.init)(jax.random.key(seed), blank)
             params, _ = train(
                 net.model,

@@ -1,7 +1,7 @@
 """LeNet-300-100 and LeNet-5 for MNIST, as Deep Compression has them.
 
     model = lenet.LeNet5()
-    variables = model.init(key, jnp.zeros((1, 28, 28)))
+    variables = model.init(key, jnp.zeros((1, 28, 28, 1)))
 
 References:
   LeCun et al., `Gradient-Based Learning
@@ -20,7 +20,7 @@ class LeNet300(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits ``[batch, 10]`` of images ``float[batch, 28, 28]``."""
+        """Logits ``[batch, 10]`` of images ``float[batch, 28, 28, 1]``."""
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(300, name="ip1")(x))
         x = nn.relu(nn.Dense(100, name="ip2")(x))
@@ -38,8 +38,7 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits ``[batch, 10]`` of images ``float[batch, 28, 28]``."""
-        x = x[..., None]
+        """Logits ``[batch, 10]`` of images ``float[batch, 28, 28, 1]``."""
         for i, width in enumerate((20, 50), 1):
             x = nn.Conv(width, (5, 5), padding="VALID", name=f"conv{i}")(x)
             x = pool(x)

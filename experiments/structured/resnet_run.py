@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ METHODS = {
     "group norm": Method(jc.prune.group_norm(), "global"),
 }
 TARGETS = (2.1, 2.6)
+GOALS = ("speed", "not tuned", "tuned", "tuned, distilled")
 
 
 def epochs(
@@ -133,6 +135,12 @@ def speed_up(dense: Any, smaller: Any) -> float:
     return round(statistics.median(ratios), 3)
 
 
+def cases() -> Iterator[tuple[str, Method, float]]:
+    """Every target by every method."""
+    for target, (name, how) in itertools.product(TARGETS, METHODS.items()):
+        yield f"{target}x {name}", how, target
+
+
 def main() -> None:
     """Every method and target."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -161,7 +169,11 @@ def main() -> None:
 
     if ("dense", "pretrained") not in report:
         report.add("dense", "pretrained", "", score(model.apply, variables))
-    for (method, how), target in [(m, t) for t in TARGETS for m in METHODS.items()]:
+    teacher = functools.partial(model.apply, variables)
+    for goal, (label, how, target) in itertools.product(GOALS, cases()):
+        skipped = options.speed_only and goal != "speed"
+        if skipped or (label, goal) in report:
+            continue
         units = jc.prune.choose_units(
             graph,
             variables,
@@ -172,27 +184,25 @@ def main() -> None:
         )
         removal = jc.prune.Removal.of(graph, units)
         fn, small = removal.smaller(model.apply), removal.take(variables)
-        costs = {
-            "flops_ratio": round(cost({}).flops / cost(units).flops, 3),
-            "parameters_ratio": round(cost({}).parameters / cost(units).parameters, 3),
-        }
-        label = f"{target}x {method}"
-        if (label, "speed") not in report:
-            ratio = speed_up(dense, seconds(fn, small))
-            report.add(label, "speed", "", ratio, **costs)
-        if options.speed_only:
-            continue
-        if (label, "not tuned") not in report:
-            report.add(label, "not tuned", "", score(fn, small), **costs)
-        for teacher in (None, functools.partial(model.apply, variables)):
-            kind = "tuned" if teacher is None else "tuned, distilled"
-            if (label, kind) in report:
-                continue
+        note = ""
+        if goal.startswith("tuned"):
             steps = options.epochs * (len(train.x) // BATCH)
             batches = epochs(train.x, train.y, options.epochs, seed=0)
-            tuned = fine_tune(fn, small, batches, steps, teacher)
+            by = teacher if goal == "tuned, distilled" else None
+            small = fine_tune(fn, small, batches, steps, by)
             note = f"{options.epochs} epochs"
-            report.add(label, kind, note, score(fn, tuned), **costs)
+        if goal == "speed":
+            found = speed_up(dense, seconds(fn, small))
+        else:
+            found = score(fn, small)
+        report.add(
+            label,
+            goal,
+            note,
+            found,
+            flops_ratio=round(cost({}).flops / cost(units).flops, 3),
+            parameters_ratio=round(cost({}).parameters / cost(units).parameters, 3),
+        )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,16 @@ class Factor(NamedTuple):
     damping: jax.Array
 
 
+def check_feedback(who: str, damping: float, block: int, refine: int) -> None:
+    """Options of an algorithm that feeds errors forward; ValueError names a bad one."""
+    if not damping >= 0.0:
+        raise ValueError(f"{who}: damping must not be negative; got {damping}.")
+    if block < 1:
+        raise ValueError(f"{who}: block must be positive; got {block}.")
+    if refine < 0:
+        raise ValueError(f"{who}: refine must not be negative; got {refine}.")
+
+
 def factorize(gram: jax.Array, damping: float) -> Factor:
     """Damp and factor a second moment; tenfold the damping until that succeeds.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxcompress.latent import LatentLeaf
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import (
     GATE,
@@ -19,7 +19,6 @@ from jaxcompress.leaf import (
     OrderError,
     component,
     leaf_type,
-    map_value,
     static,
 )
 from jaxcompress.prune._bitmask import BitmaskArray, store
@@ -32,7 +31,7 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 
 
 @leaf_type
-class GatedArray(Leaf):
+class GatedArray(LatentLeaf):
     """A weight in training and the gates it is multiplied with, both trained.
 
     Attributes:
@@ -46,19 +45,6 @@ class GatedArray(Leaf):
     log_alpha: jax.Array = component(role=GATE)
     layout: Layout = static()
 
-    elementwise = True
-    preserves_zeros = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        return tuple(self.latent.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Logical dtype."""
-        return self.latent.dtype
-
     @property
     def method(self) -> str:
         """``"gated"`` and the method of its weight."""
@@ -67,17 +53,7 @@ class GatedArray(Leaf):
 
     def materialize(self) -> jax.Array:
         """The weight under its deterministic gates."""
-        latent = self.latent
-        w = latent.materialize() if isinstance(latent, Leaf) else latent
-        return self.under(deterministic(self.log_alpha), w).materialize()
-
-    def values(self) -> tuple[Any, ...]:
-        """Those of the weight."""
-        return self.latent.values() if isinstance(self.latent, Leaf) else (self.latent,)
-
-    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
-        """Act on the weight, under the same gates."""
-        return self.replace(latent=map_value(f, self.latent))
+        return self.under(deterministic(self.log_alpha), self.weight).materialize()
 
     def under(self, gate: jax.Array, w: jax.Array) -> MaskedArray:
         """A dense weight times its gates; masked where they are shut."""
@@ -90,12 +66,9 @@ class GatedArray(Leaf):
 
     def component_specs(self, spec: Sequence[Any], sizes: dict[Any, int]) -> GatedArray:
         """The weight's own spec; gates are cut where there are several."""
-        own, inner = PartitionSpec(*spec), self.latent
         gates = zip(spec, self.log_alpha.shape, strict=True)
         return self.replace(
-            latent=inner.component_specs(spec, sizes)
-            if isinstance(inner, Leaf)
-            else own,
+            latent=self.latent_specs(spec, sizes),
             log_alpha=PartitionSpec(*(s if n > 1 else None for s, n in gates)),
         )
 

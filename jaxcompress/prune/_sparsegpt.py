@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Statistics
-from jaxcompress.lift._second_moment import factorize, matmul
+from jaxcompress.lift._second_moment import check_feedback, factorize, matmul
 from jaxcompress.prune._least_squares import refit
 from jaxcompress.prune._nm import NM, keep_of_groups
 from jaxcompress.prune._pattern import Pattern, pruned_count
@@ -85,7 +85,7 @@ def sparsegpt_weight(
     """
     who = "prune.sparsegpt"
     check_target(sparsity, who)
-    _check(who, damping, block, refine)
+    check_feedback(who, damping, block, refine)
     laid = lay(w, stats, axes=axes, path=path, who=who)
     settings = Settings(block=block, damping=damping)
     fixed = None
@@ -100,15 +100,6 @@ def sparsegpt_weight(
     capacity = laid.w.shape[-1] * laid.w.shape[-2]
     capacity -= sum(settings.counts(*laid.w.shape[-2:]))
     return laid.leaf(values, kept, sparsity, capacity)
-
-
-def _check(who: str, damping: float, block: int, refine: int) -> None:
-    if not damping >= 0.0:
-        raise ValueError(f"{who}: damping must not be negative; got {damping}.")
-    if block < 1:
-        raise ValueError(f"{who}: block must be positive; got {block}.")
-    if refine < 0:
-        raise ValueError(f"{who}: refine must not be negative; got {refine}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

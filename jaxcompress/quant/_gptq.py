@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics
-from jaxcompress.lift._second_moment import factorize
+from jaxcompress.lift._second_moment import check_feedback, factorize
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._feedback import (
     Choice,
@@ -100,7 +100,7 @@ def gptq_weight(
       coordinate descent over codes and scales.
     """
     who = f"gptq to {fmt.name}"
-    _check(who, damping, refine, block)
+    check_feedback(who, damping, block, refine)
     laid = lay(w, fmt, stats, axes=axes, path=path, candidates=candidates, who=who)
     settings = Settings(
         problem=laid.problem,
@@ -112,15 +112,6 @@ def gptq_weight(
     arrays = (laid.w, laid.gram, laid.steps, laid.tensor)
     codes, steps = _solve(arrays, jnp.int32(refine), settings)
     return finish(laid, codes, steps)
-
-
-def _check(who: str, damping: float, refine: int, block: int) -> None:
-    if not damping >= 0.0:
-        raise ValueError(f"{who}: damping must not be negative; got {damping}.")
-    if refine < 0:
-        raise ValueError(f"{who}: refine must not be negative; got {refine}.")
-    if block < 1:
-        raise ValueError(f"{who}: block must be positive; got {block}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec
 
+from jaxcompress.latent import LatentLeaf
 from jaxcompress.layout import Axes, Layout
 from jaxcompress.leaf import (
     STEP,
     WEIGHT,
-    Leaf,
     StraightThrough,
     component,
     leaf_type,
-    map_value,
     static,
 )
 from jaxcompress.quant._array import QuantizedArray
@@ -32,7 +29,7 @@ from jaxcompress.quant._wrapped import shared_spec
 
 
 @leaf_type
-class SteppedArray(Leaf):
+class SteppedArray(LatentLeaf):
     """A weight in training and the steps of its grid, both trained.
 
     Attributes:
@@ -47,19 +44,6 @@ class SteppedArray(Leaf):
     fmt: NumberFormat = static()
     layout: Layout = static()
 
-    elementwise = True
-    preserves_zeros = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        return tuple(self.latent.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Logical dtype."""
-        return self.latent.dtype
-
     @property
     def method(self) -> str:
         """``"int4 with learned steps"``."""
@@ -67,16 +51,7 @@ class SteppedArray(Leaf):
 
     def materialize(self) -> jax.Array:
         """The weight before the grid."""
-        latent = self.latent
-        return latent.materialize() if isinstance(latent, Leaf) else latent
-
-    def values(self) -> tuple[Any, ...]:
-        """Those of the weight."""
-        return self.latent.values() if isinstance(self.latent, Leaf) else (self.latent,)
-
-    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
-        """Act on the weight, under the same steps."""
-        return self.replace(latent=map_value(f, self.latent))
+        return self.weight
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]
@@ -84,12 +59,7 @@ class SteppedArray(Leaf):
         """The weight's own spec; steps are cut where there are several."""
         full = self.layout.absorb_stack(self.ndim - len(self.layout.order))
         entries = [*(spec[a] for a in full.out), spec[full.contract[0]]]
-        inner = self.latent
-        latent = (
-            inner.component_specs(spec, sizes)
-            if isinstance(inner, Leaf)
-            else PartitionSpec(*spec)
-        )
+        latent = self.latent_specs(spec, sizes)
         return self.replace(latent=latent, step=shared_spec(self.step, entries))
 
     def encoded(self, w: jax.Array) -> QuantizedArray:

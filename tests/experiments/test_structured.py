@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import data
 from experiments.lenets import pruning_run
@@ -41,11 +42,20 @@ def test_the_lowest_units_of_every_layer_go() -> None:
     assert transformers_run.lowest(scores, 0.5).tolist() == expected
 
 
+@pytest.mark.parametrize("name", pruning_run.NETS)
+def test_a_lenet_sees_the_images_as_they_are(name: str) -> None:
+    model = pruning_run.NETS[name].model
+    images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
+    found, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert found.shape == (5, 10)
+    assert set(variables["params"]) == set(pruning_run.NETS[name].kept)
+
+
 def test_a_lenet_is_pruned_to_its_densities() -> None:
-    x = RNG.integers(0, 256, (256, 28, 28)).astype(np.uint8)
+    x = RNG.integers(0, 256, (256, 28, 28, 1)).astype(np.uint8)
     images = data.Images(x, RNG.integers(0, 10, 256).astype(np.int32))
     net = pruning_run.NETS["lenet300"]._replace(epochs=3)
-    params = jax.jit(net.model.init)(jax.random.key(0), jnp.zeros((1, 28, 28)))
+    params = jax.jit(net.model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     scheme = pruning_run.scheme_of(net, 6)
     with jax.numpy_dtype_promotion("standard"):
         params, state = pruning_run.train(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxcompress.layout import reshape_pieces
 from jaxcompress.lift import _compat
 from jaxcompress.prune.structure._elementwise import ELEMENTWISE
+from jaxcompress.prune.structure._layout_rules import REDUCTIONS
 from jaxcompress.prune.structure._sized import Kept, Sized, as_kept, both, there
 
 Rule = Callable[[Any, list[Sized]], list[Sized]]
@@ -165,10 +166,7 @@ LAYOUT: dict[str, Rule] = {
     "broadcast_in_dim": broadcast,
     "transpose": transpose,
     "squeeze": without("dimensions"),
-    **{
-        f"reduce_{name}": without("axes")
-        for name in ("sum", "max", "min", "prod", "and", "or", "xor")
-    },
+    **{f"reduce_{name}": without("axes") for name in REDUCTIONS},
     **dict.fromkeys(("argmax", "argmin"), without("axes")),
     "reshape": reshape,
     "concatenate": concatenate,
