@@ -10,7 +10,6 @@ Target: at most 1/8 of the plain form's bytes, gradients within the bound of flo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -41,7 +40,7 @@ class Settings:
     temperature: float = 2.0
 
 
-def programs(settings: Settings, divergence: Divergence) -> dict[str, Callable]:
+def programs(settings: Settings, divergence: Divergence) -> dict[str, Any]:
     """Both forms of the loss, with their gradient."""
     T = settings.temperature
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+
+from ._labels import cross_entropy
+from ._logits import check_logits, softened, squared
+from ._shares import forward_shares
 
 
 def soft_targets(
@@ -20,7 +25,8 @@ def soft_targets(
 
     Args:
       student: ``float[..., classes]`` logits.
-      teacher: Logits of the same shape; no gradient flows to them.
+      teacher: Logits of the same shape; no gradient flows to them. What they exclude
+        by -inf costs nothing.
       temperature: Positive; traced or not.
       where: ``bool[...]`` examples to count; the loss of others is zero.
 
@@ -29,7 +35,8 @@ def soft_targets(
       does not shrink with the temperature.
 
     Raises:
-      ValueError: If the shapes differ, or `temperature` is not positive.
+      ValueError: If the shapes differ, `temperature` is not positive, or the teacher's
+        logits define no distribution (see `check_teacher`).
 
     Examples:
       >>> z = jnp.array([[1.0, 2.0, 3.0]])
@@ -41,23 +48,10 @@ def soft_targets(
       <https://arxiv.org/abs/1503.02531>`_, 2015, eq. 1 and section 2. Differs: KL
       divergence instead of cross entropy, which differ by a constant.
     """
-    _check("distill.soft_targets", student, teacher, temperature)
-    teacher = jax.lax.stop_gradient(teacher)
-    student, teacher = counted(student, where), counted(teacher, where)
-    s = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    t = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    # A class that the teacher excludes counts for nothing, also where its log is -inf.
-    possible = t > -jnp.inf
-    gap = jnp.where(possible, t, 0.0) - jnp.where(possible, s, 0.0)
-    loss = (jnp.exp(t) * gap).sum(-1)
-    return loss * jnp.square(jnp.float32(temperature))
-
-
-def counted(logits: jax.Array, where: jax.Array | None) -> jax.Array:
-    """The logits of the examples that count; zeros for others, which may be NaN."""
-    if where is None:
-        return logits
-    return jnp.where(where[..., None], logits, jnp.zeros_like(logits))
+    check_logits("distill.soft_targets", student, teacher, where, temperature)
+    t = jax.lax.stop_gradient(softened(teacher, where, temperature))
+    s = softened(student, where, temperature)
+    return forward_shares(t, s).sum(-1) * squared(temperature)
 
 
 def mix(
@@ -76,53 +70,36 @@ def mix(
     Args:
       student: ``float[..., classes]`` logits.
       teacher: Logits of the same shape.
-      labels: ``int[...]`` classes, or ``float[..., classes]`` probabilities.
+      labels: ``int[...]`` classes, or ``float[..., classes]`` probabilities. Those of
+        examples that do not count may be anything.
       temperature: Of the soft part; the hard part is at temperature 1.
       alpha: Weight of the soft part, in [0, 1].
       where: ``bool[...]`` examples to count.
 
     Returns:
-      ``float32[...]``, a loss an example.
+      ``float32[...]``, a loss an example; NaN for a traced label out of range.
 
     Raises:
-      ValueError: If shapes do not agree, or `temperature` or `alpha` is out of range.
+      ValueError: If shapes do not agree, `temperature`, `alpha` or a label is out of
+        range, or the teacher's logits define no distribution.
+
+    Examples:
+      >>> z = jnp.array([[0.0, 0.0]])
+      >>> loss = mix(z, z, jnp.array([1]), temperature=4.0, alpha=0.5)
+      >>> float(loss[0] / jnp.log(2.0))
+      0.5
 
     References:
       Hinton et al., 2015, section 2.
     """
-    _check("distill.mix", student, teacher, temperature)
-    if isinstance(alpha, int | float) and not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"distill.mix: alpha must be in [0, 1]; got {alpha}.")
+    who = "distill.mix"
+    check_logits(who, student, teacher, where, temperature)
+    if not isinstance(alpha, Tracer) and not 0.0 <= float(alpha) <= 1.0:
+        raise ValueError(
+            f"{who}: alpha must be in [0, 1]; got {alpha}. Add the losses with weights "
+            "of your own where they need no sum of 1."
+        )
+    hard = cross_entropy(who, student, labels, where)
     soft = soft_targets(student, teacher, temperature=temperature, where=where)
-    return alpha * soft + (1.0 - alpha) * _cross_entropy(student, labels, where)
-
-
-def _cross_entropy(
-    student: jax.Array, labels: jax.Array, where: jax.Array | None
-) -> jax.Array:
-    log_p = jax.nn.log_softmax(counted(student, where).astype(jnp.float32))
-    if labels.shape == student.shape:
-        loss = -(labels.astype(jnp.float32) * log_p).sum(-1)
-    elif labels.shape == student.shape[:-1] and jnp.issubdtype(
-        labels.dtype, jnp.integer
-    ):
-        loss = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-    else:
-        raise ValueError(
-            "distill.mix: labels must be integers of shape "
-            f"{student.shape[:-1]} or probabilities of shape {student.shape}; got "
-            f"{labels.dtype}{list(labels.shape)}."
-        )
-    return loss if where is None else jnp.where(where, loss, 0.0)
-
-
-def _check(
-    who: str, student: jax.Array, teacher: jax.Array, temperature: float | jax.Array
-) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"{who}: student and teacher must have the same shape (and vocabulary); "
-            f"got {student.shape} and {teacher.shape}."
-        )
-    if isinstance(temperature, int | float) and temperature <= 0:
-        raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
+    a = jnp.asarray(alpha, jnp.float32)
+    return a * soft + (1.0 - a) * hard

@@ -33,9 +33,10 @@ def _emit(walker: Walker, eqn: Any, f: Callable[..., Any], operands: list[Any]) 
     """
     if walker.inline or not _compat.is_concrete(operands):
         return f(*operands)
-    if id(eqn) not in walker.memo:
-        walker.memo[id(eqn)] = jax.jit(f)
-    return walker.memo[id(eqn)](*operands)
+    key = walker.key(eqn)
+    if key not in walker.memo:
+        walker.memo[key] = jax.jit(f)
+    return walker.memo[key](*operands)
 
 
 def _jit(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
@@ -53,7 +54,7 @@ def _jit(walker: Walker, eqn: Any, operands: list[Any]) -> Result:
         "Inline.JIT",
     ):
         return call(*operands)
-    key = id(eqn)
+    key = walker.key(eqn)
     if key not in walker.memo:
         call.__name__ = params["name"]
         options: dict[str, Any] = {}

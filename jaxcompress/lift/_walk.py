@@ -130,13 +130,10 @@ class Walker:
                 for eqn in eqns:
                     values = [read(v) for v in eqn.invars]
                     with eqn.ctx.manager:
-                        if any(isinstance(v, Tracked) for v in values):
-                            results, new = self.step(eqn, values)
-                            taps = self.join(taps, new)
-                        elif self.rewrites:
-                            results = self.rewrite(eqn, values)
-                        else:
-                            results = _compat.bind(eqn, values)
+                        weighted = any(isinstance(v, Tracked) for v in values)
+                        evaluate = self.step if weighted else self.plain
+                        results, new = evaluate(eqn, values)
+                    taps = self.join(taps, new)
                     env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in program.outvars], taps
 
@@ -161,14 +158,20 @@ class Walker:
             )
         return _compat.bind(eqn, self.densify(eqn, values)), {}
 
-    def rewrite(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def plain(self, eqn: Any, values: list[Any]) -> tuple[list[Any], Taps]:
         """Evaluate an equation without a weight, entering it if need be."""
-        key = (*map(id, self.scope), id(eqn))
+        if not self.rewrites:
+            return _compat.bind(eqn, values), {}
+        key = self.key(eqn)
         if key in self.rewrites:
-            return self.rewrites[key](eqn, values)
+            return self.rewrites[key](eqn, values), {}
         if any(k[: len(key)] == key for k in self.rewrites):
-            return _control.CONTROL[eqn.primitive.name](self, eqn, values)[0]
-        return _compat.bind(eqn, values)
+            return _control.CONTROL[eqn.primitive.name](self, eqn, values)
+        return _compat.bind(eqn, values), {}
+
+    def key(self, eqn: Any) -> tuple[int, ...]:
+        """An equation with those that enclose it now, outermost first, by identity."""
+        return (*map(id, self.scope), id(eqn))
 
     def use(self, eqn: Any, values: list[Any]) -> tuple[list[Any], Taps]:
         """Run a target operation by the rule of the weight among its operands."""

@@ -142,7 +142,7 @@ def test_examples_left_out_count_for_nothing() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1])
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
-    message = rf"temperature must be positive; got {temperature}"
+    message = rf"temperature must be positive and finite; got {temperature}"
     with pytest.raises(ValueError, match=rf"distill\.soft_targets: {message}"):
         jc.distill.soft_targets(STUDENT, TEACHER, temperature=temperature)
     with pytest.raises(ValueError, match=rf"distill\.mix: {message}"):

@@ -1,0 +1,86 @@
+"""What the distillation experiments share: a training loop, and means over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from experiments.post_training.report import Report
+
+SEEDS = (0, 1, 2)
+
+
+class Seen(NamedTuple):
+    """What a loss may compare, for a batch.
+
+    Attributes:
+      student: Logits or embeddings of the student.
+      teacher: Of the teacher.
+      labels: What the data say.
+      student_taps: Values inside the student, by name.
+      teacher_taps: Values inside the teacher.
+      projectors: Params of the method's projectors.
+    """
+
+    student: Any
+    teacher: Any
+    labels: Any
+    student_taps: dict[str, jax.Array]
+    teacher_taps: dict[str, jax.Array]
+    projectors: Any
+
+
+def train(
+    params: Any,
+    loss: Callable[..., tuple[jax.Array, Any]],
+    batches: Iterable[Any],
+    tx: optax.GradientTransformation,
+    *,
+    steps: int,
+    aux: Any = None,
+) -> tuple[Any, Any]:
+    """Params after training, and what the loss carries on from batch to batch.
+
+    Args:
+      params: What is trained.
+      loss: ``(params, aux, batch, step) -> (loss, aux)``.
+      batches: At least `steps` pytrees of arrays, alike in shape.
+      tx: The optimizer.
+      steps: How many batches.
+      aux: What is not trained: batch statistics, memories.
+    """
+
+    @jax.jit
+    def step(params: Any, aux: Any, opt: Any, batch: Any, i: jax.Array) -> Any:
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, aux), grads = grad(params, aux, batch, i)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), aux, opt, value
+
+    opt, losses = tx.init(params), []
+    for i, batch in zip(range(steps), batches, strict=False):
+        params, aux, opt, value = step(params, aux, opt, batch, np.int32(i))
+        losses.append(value)
+        if (i + 1) % max(1, steps // 4) == 0:
+            recent = float(np.mean([float(v) for v in losses[-50:]]))
+            print(f"  step {i + 1} of {steps}: loss {recent:.4f}", flush=True)
+    return params, aux
+
+
+def add_means(report: Report, model: str, methods: Iterable[str]) -> None:
+    """A row with mean and standard deviation for every method whose seeds are there."""
+    for method in methods:
+        scores = [
+            row["score"]
+            for row in report.rows
+            if row["model"] == model and row["method"].startswith(f"{method}, seed")
+        ]
+        if len(scores) > 1 and (model, f"{method}, mean") not in report:
+            spread = round(statistics.stdev(scores), 4)
+            mean = statistics.mean(scores)
+            report.add(model, f"{method}, mean", "", mean, spread=spread)
