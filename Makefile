@@ -25,13 +25,15 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+# SHARE=3 runs a third of the tests.
+test-newest: SHARE ?= 1
 test-newest:
 ifeq ($(strip $(PYTHON312)),)
 	@echo "test-newest: skipped, there is no Python 3.12 here"
 else
 	@$(MAKE) --no-print-directory $(NEWEST)/.ready-models
 	$(NEWEST)/bin/python -c "import jax; print('jax', jax.__version__)"
-	$(NEWEST)/bin/python -m pytest $(WORKERS)
+	SHARE=$(SHARE) $(NEWEST)/bin/python -m pytest $(WORKERS)
 endif
 
 coverage: $(VENV)/.ready

@@ -26,7 +26,8 @@ def unit(x: jax.Array, *, axis: int, among: jax.Array) -> jax.Array:
     mean = x.sum(axis, keepdims=True) / count
     centred = jnp.where(among, x - mean, 0.0)
     size = jnp.abs(centred).max(axis, keepdims=True)
-    varies = size > ROUNDING * jnp.abs(x).max(axis, keepdims=True)
+    # NaN varies, so that it comes through.
+    varies = ~(size <= ROUNDING * jnp.abs(x).max(axis, keepdims=True))
     # Divided by the largest first, so that no square underflows or overflows.
     size = jax.lax.stop_gradient(jnp.where(varies, size, 1.0))
     scaled = jnp.where(varies, centred, 0.0) / size

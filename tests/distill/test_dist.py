@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,10 +70,11 @@ def test_a_linear_map_of_the_outputs_costs_nothing() -> None:
     assert (np.asarray(soft) > 0.01).all()
 
 
-@pytest.mark.parametrize("student", [np.zeros((6, 5)), np.full((6, 5), 0.1)])
-def test_constant_outputs_have_no_correlation_and_no_gradient(student: Any) -> None:
-    """As those of a head that begins at zero."""
-    loss, grad = dist(student.astype(np.float32), ROWS[1], **SETTINGS)
+@pytest.mark.parametrize("above", [8.0, np.nextafter(np.float32(8), np.float32(9))])
+def test_constant_outputs_have_no_correlation_and_no_gradient(above: float) -> None:
+    """As those of a head that begins at zero; also where rounding tells them apart."""
+    student = np.where(np.indices((6, 5)).sum(0) % 2, above, 8.0).astype(np.float32)
+    loss, grad = dist(student, ROWS[1], **SETTINGS)
     np.testing.assert_allclose(loss.mean(), 0.5 * 0.7 + 0.5 * 2.0, rtol=1e-5)
     assert not np.asarray(grad).any()
 
@@ -104,6 +103,14 @@ def test_excluded_classes_and_constant_logits_in_z_scores() -> None:
     expected = (left - left.mean(-1, keepdims=True)) / left.std(-1, keepdims=True)
     np.testing.assert_allclose(np.delete(got, 2, -1)[1:], expected, atol=1e-5)
     assert not np.delete(got, 2, -1)[0].any()
+
+
+def test_nan_in_an_example_that_counts_comes_through() -> None:
+    z = STUDENT.copy()
+    z[0, 1, 2] = np.nan
+    with jax.debug_nans(False):
+        got = np.isnan(standardize(z)).all(-1)
+    assert got.tolist() == [[False, True, False], [False] * 3]
 
 
 def test_z_scores_and_then_soft_targets() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.distill._labels import targets
 from tests.distill import logit_oracles as oracle
 from tests.distill.logit_oracles import LABELS, STUDENT, TEACHER, WHERE
 
@@ -191,6 +192,13 @@ def test_errors_name_what_is_wrong(name: str) -> None:
 def test_a_beta_that_mixes_nothing_is_refused(beta: float) -> None:
     with pytest.raises(ValueError, match=rf"jensen_shannon: beta must .* got {beta}"):
         jc.distill.jensen_shannon(STUDENT, TEACHER, temperature=1.0, beta=beta)
+
+
+def test_padding_has_some_target_so_that_no_nan_arises_in_between() -> None:
+    labels = np.where(WHERE, LABELS, -100)
+    target = targets("who", jnp.asarray(labels), STUDENT.shape, jnp.asarray(WHERE))
+    expected = np.eye(5, dtype=bool)[np.where(WHERE, LABELS, 0)]
+    np.testing.assert_array_equal(target, expected)
 
 
 def test_labels_of_another_shape_and_a_single_class_are_refused() -> None:
