@@ -151,15 +151,17 @@ def test_examples_left_out_may_hold_anything() -> None:
 
 
 def test_a_peaked_and_a_flat_teacher_and_excluded_classes() -> None:
-    teacher = np.zeros((3, 8), np.float32)
-    teacher[0, 5], teacher[1, 2:] = 300.0, -np.inf
-    student = RNG.normal(size=(3, 8)).astype(np.float32)
+    teacher = np.zeros((4, 8), np.float32)
+    teacher[0, 5], teacher[1, 2:], teacher[3, 2:] = 300.0, -np.inf, -np.inf
+    student = RNG.normal(size=(4, 8)).astype(np.float32)
+    student[3, 2:] = -np.inf
     stored = jax.jit(lambda z: jc.distill.top_k(z, 3))(teacher)
     q = softmax(student)
     expected = [
         -np.log(q[0, 5]),
         0.5 * np.log(0.25 / (q[1, 0] * q[1, 1])),
-        lumped(student[2:], teacher[2:], 1.0, 3)[0],
+        lumped(student[2:3], teacher[2:3], 1.0, 3)[0],
+        0.5 * np.log(0.25 / (q[3, 0] * q[3, 1])),
     ]
     loss, grad = jax.value_and_grad(
         lambda s: loss_of(s, stored, temperature=1.0).sum()
