@@ -98,8 +98,14 @@ def test_tokens_follow_the_softened_distribution(top_k: int | None) -> None:
     counts = np.bincount(tokens[:, 1], minlength=VOCABULARY)
     error = 5 * np.sqrt(p * (1 - p) * n)
     assert (np.abs(counts - n * p) <= error).all()
-    # The second is drawn anew: not the same choice at every position.
-    assert len(set(map(tuple, tokens[:, 1:].tolist()))) > len(p[p > 0])
+
+
+def test_every_position_is_drawn_anew() -> None:
+    even = lambda _, tokens: jnp.zeros((*tokens.shape, VOCABULARY))
+    prompts = np.zeros((2000, 1), np.int32)
+    sampled = jax.jit(lambda: distill.sample(even, None, prompts, KEY, length=2))()
+    same = (sampled.tokens[:, 1] == sampled.tokens[:, 2]).mean()
+    assert abs(float(same) - 1 / VOCABULARY) < 5 * np.sqrt(0.12 / 2000)
 
 
 def test_nothing_counts_after_the_end_but_one_in_the_prompt() -> None:
