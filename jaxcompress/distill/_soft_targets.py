@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ._labels import cross_entropy
-from ._logits import check_logits, softened, squared
+from ._logits import check_logits, kept, softened, squared
 from ._shares import forward_shares
 
 
@@ -51,7 +51,7 @@ def soft_targets(
     check_logits("distill.soft_targets", student, teacher, where, temperature)
     t = jax.lax.stop_gradient(softened(teacher, where, temperature))
     s = softened(student, where, temperature)
-    return forward_shares(t, s).sum(-1) * squared(temperature)
+    return kept(forward_shares(t, s).sum(-1) * squared(temperature), where)
 
 
 def mix(

@@ -82,7 +82,7 @@ def average(
         mean = (w * jnp.where(w > 0, z, 0.0)).sum(0)
     elif space == "probabilities":
         t = jnp.asarray(temperature, jnp.float32)
-        log_p = jax.nn.log_softmax(jnp.where(w > 0, z, 0.0) / t)
+        log_p = jax.nn.log_softmax(z / t)
         mean = t * jax.nn.logsumexp(log_p, axis=0, b=w)
         mean = jnp.where(w.sum(0) > 0, mean, 0.0)
     else:

@@ -161,8 +161,8 @@ def compiled() -> dict[str, Any]:
 
 
 def run(f: Any, x: Drawn, where: np.ndarray) -> tuple[Any, ...]:
-    single = [jnp.asarray(a, jnp.float32) for a in (x.student, x.teacher)]
-    grads, loss = f(*single, where, jnp.asarray(x.weights, jnp.float32))
+    single = [a.astype(np.float32) for a in (x.student, x.teacher)]
+    grads, loss = f(*single, where, x.weights.astype(np.float32))
     return loss, *grads
 
 
