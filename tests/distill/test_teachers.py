@@ -261,8 +261,9 @@ def test_snapshots_at_no_step_are_refused() -> None:
 def test_unquantized_weights_teach_their_quantized_selves() -> None:
     """One apply function; the quantized student comes nearer to its teacher."""
     scheme = jc.select({"w": jc.quant.weights(jc.quant.int2(group_size=8))})
-    original = {"w": jnp.asarray(RNG.normal(size=(8, 5)), jnp.float32)}
-    x = RNG.normal(size=(64, 8)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    original = {"w": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}
+    x = rng.normal(size=(64, 8)).astype(np.float32)
     params, state = scheme.init(original)
     apply = jc.lift(lambda p, x: x @ p["w"])
 
