@@ -1,7 +1,10 @@
 """Model compression for JAX: pure function transforms over parameter pytrees."""
 
+from . import codebook as codebook
 from . import distill as distill
+from . import hashing as hashing
 from . import io as io
+from . import lowrank as lowrank
 from . import optim as optim
 from . import precision as precision
 from . import presets as presets

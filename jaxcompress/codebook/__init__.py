@@ -1,0 +1,1 @@
+"""Weights as entries of a codebook: shared scalars, and vectors."""

@@ -1,0 +1,1 @@
+"""Weights that share values by hashing: no index is stored."""
