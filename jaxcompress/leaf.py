@@ -187,6 +187,13 @@ class Leaf(abc.ABC):
             "then clusters or grids."
         )
 
+    def value_axes(self) -> tuple[Any, ...]:
+        """Roles of the axes of each of `values()` (`Axes` or None); empty: not known.
+
+        Of use where a value has another shape than the weight: a factor, a table.
+        """
+        return ()
+
     def relayout(self, op: LayoutOp) -> Leaf:
         """The leaf seen through a layout operation, or ``NotImplemented``."""
         del op
@@ -200,6 +207,16 @@ class Leaf(abc.ABC):
         """
         del ndim
         return NotImplemented
+
+    def map_leading(self, f: Callable[[jax.Array], jax.Array], ndim: int) -> Leaf:
+        """The leaf after `f`, which acts on the first `ndim` logical axes alone.
+
+        A slice, a look-up of rows. Of every component of the stacked leaf, unless some
+        need not follow: tables that all rows share. Returns ``NotImplemented`` where
+        the storage does not allow it.
+        """
+        stacked = self.stacked(ndim)
+        return stacked if stacked is NotImplemented else jax.tree.map(f, stacked)
 
     def written(self, values: jax.Array, place: Place) -> Leaf:
         """This leaf with dense values encoded in its format and written into a part.
@@ -227,6 +244,25 @@ class Leaf(abc.ABC):
         return dense_dot_general(
             self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
+
+    def conv_general_dilated(self, x: jax.Array, **params: Any) -> Ran:
+        """`jax.lax.conv_general_dilated` of ``x`` and this leaf.
+
+        Returns ``NotImplemented`` where that is no better than the dense convolution.
+        """
+        del x, params
+        return NotImplemented
+
+    def take(self, index: jax.Array) -> jax.Array:
+        """Dense ``w[index]`` of the first axis, without the rest of the weight.
+
+        Args:
+          index: ``int32[...]``, in range.
+
+        Returns ``NotImplemented`` where the storage does not allow it.
+        """
+        del index
+        return NotImplemented
 
     def prepare_activations(
         self, x: jax.Array, axes: tuple[int, ...] = (-1,)
@@ -411,7 +447,7 @@ class StraightThrough(Leaf):
         if self.gate is not None:
             latent = jnp.where(self.gate, latent, jax.lax.stop_gradient(latent))
         return straight_through(
-            latent, jax.lax.stop_gradient(self.stored.materialize())
+            latent, jax.lax.stop_gradient(self.stored).materialize()
         )
 
     def relayout(self, op: LayoutOp) -> Leaf:
@@ -430,6 +466,14 @@ class StraightThrough(Leaf):
         if stored is NotImplemented:
             return NotImplemented
         return self.replace(stored=stored)
+
+    def map_leading(self, f: Callable[[jax.Array], jax.Array], ndim: int) -> Leaf:
+        """As of the stored form, and of the trained array."""
+        stored = self.stored.map_leading(f, ndim)
+        if stored is NotImplemented:
+            return NotImplemented
+        gate = None if self.gate is None else f(self.gate)
+        return self.replace(latent=f(self.latent), stored=stored, gate=gate)
 
     def dot_general(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -143,9 +143,11 @@ def chain(*transforms: Any) -> Transform:
     parts = tuple(as_transform(t) for t in transforms)
 
     def init(params: Params) -> tuple[Params, State]:
-        states = []
+        states: list[State] = []
         for part in parts:
+            before = params
             params, state = part.init(params)
+            _check_order(zip(parts, states, strict=False), before, params)
             states.append(state)
         jax.eval_shape(view, params, tuple(states))  # Refuse a wrong order now.
         return params, tuple(states)
@@ -168,6 +170,30 @@ def chain(*transforms: Any) -> Transform:
         return params
 
     return Transform(init, view, update, compress)
+
+
+def _check_order(
+    earlier: Iterable[tuple[Transform, State]], before: Params, after: Params
+) -> None:
+    """Refuse new values in place of those on which earlier transforms act.
+
+    Raises:
+      OrderError: If an ``init`` made other values, and an earlier transform has a view.
+    """
+    shapes = lambda params: for_values(lambda v, site: jnp.shape(v), params)
+    old, new = shapes(before), shapes(after)
+    changed = [p for p in old if p in new and new[p] and new[p] != old[p]]
+    if not changed:
+        return
+    for part, state in earlier:
+        seen = jax.eval_shape(part.view, before, state)
+        if jax.tree.structure(seen) != jax.tree.structure(before):
+            raise OrderError(
+                f"chain: a later transform puts other values in place of "
+                f"{changed[0]!r}, so what an earlier one established would be undone; "
+                "chain structure first (low rank, hashing), then masks, then clusters "
+                "or grids."
+            )
 
 
 def select(
@@ -322,12 +348,11 @@ def map_values(f: Callable[[Any, Site], Any], params: Params, *, by: str) -> Par
 
 
 def _map_leaf(f: Callable[[Any, Site], Any], path: str, leaf: Any, by: str) -> Any:
-    axes, shape = (leaf.axes, leaf.shape) if isinstance(leaf, Oriented) else (None, ())
     index = itertools.count()
 
     def at_site(value: Any) -> Any:
-        known = axes if jnp.shape(value) == shape else None
-        return f(value, Site(path, next(index), known))
+        number = next(index)
+        return f(value, Site(path, number, _axes_of_value(leaf, number, value)))
 
     try:
         return map_value(at_site, leaf)
@@ -335,14 +360,23 @@ def _map_leaf(f: Callable[[Any, Site], Any], path: str, leaf: Any, by: str) -> A
         raise OrderError(f"{by} at {path!r}: {error}") from None
 
 
+def _axes_of_value(leaf: Any, number: int, value: Any) -> Axes | None:
+    """Roles of the axes of a leaf's value: the weight's, or those the leaf states."""
+    if isinstance(leaf, Oriented):
+        if jnp.shape(value) == leaf.shape:
+            return leaf.axes
+        leaf = leaf.value
+    stated = leaf.value_axes() if isinstance(leaf, Leaf) else ()
+    return stated[number] if stated else None
+
+
 def for_values(f: Callable[[Any, Site], Any], params: Params) -> dict[str, tuple]:
     """`f(value, site)` of every value, collected by path: a transform's own state."""
     flat, _ = tree.flatten(params)
     collected = {}
     for path, leaf in flat.items():
-        axes = leaf.axes if isinstance(leaf, Oriented) else None
         collected[path] = tuple(
-            f(v, Site(path, i, axes if jnp.shape(v) == jnp.shape(leaf) else None))
+            f(v, Site(path, i, _axes_of_value(leaf, i, v)))
             for i, v in enumerate(values(leaf))
         )
     return collected

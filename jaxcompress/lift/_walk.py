@@ -314,10 +314,14 @@ def _run_dequantized(
 def _run_conv(
     eqn: Any, w: Tracked, index: int, operands: list[Any]
 ) -> tuple[jax.Array, str]:
-    """As a matmul, where the window is one; else dequantized."""
+    """As a matmul, where the window is one; by the leaf's rule; else dequantized."""
     assert isinstance(w.value, Leaf)
     ran = pointwise_dot(eqn, w.value, operands[0])
-    return _run_dequantized(eqn, w, index, operands) if ran is None else ran
+    if ran is None:
+        ran = w.value.conv_general_dilated(operands[0], **eqn.params)
+    if ran is NotImplemented:
+        return _run_dequantized(eqn, w, index, operands)
+    return ran
 
 
 def _token_axes(eqn: Any) -> tuple[int, ...]:
@@ -342,10 +346,14 @@ def _run_gather(
     """Dequantize only the rows that are read; out of range as the mode says."""
     del index
     indices = operands[1]
+    assert isinstance(w.value, Leaf)
     taken = take_rows(w, indices)
-    if taken is NotImplemented:
+    if taken is not NotImplemented:
+        out = taken.dense()
+    else:
+        out = w.value.take(jnp.clip(indices[..., 0], 0, w.shape[0] - 1))
+    if out is NotImplemented:
         return _compat.bind(eqn, [w.dense(), indices])[0], "dequantized table"
-    out = taken.dense()
     if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
         inside = (indices[..., 0] >= 0) & (indices[..., 0] < w.shape[0])
