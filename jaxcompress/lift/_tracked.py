@@ -101,10 +101,12 @@ class Tracked:
         """
         value = self.value
         if isinstance(value, Leaf):
-            value = value.stacked(axes)
+            value = value.map_leading(f, axes)
             if value is NotImplemented:
                 return NotImplemented
-        return dataclasses.replace(self, value=jax.tree.map(f, value), dims=dims)
+        else:
+            value = f(value)
+        return dataclasses.replace(self, value=value, dims=dims)
 
     def axes(self, contracted: Sequence[int], batch: Sequence[int] = ()) -> Axes | None:
         """Roles of the parameter's axes where these axes of the value are contracted.

@@ -8,6 +8,7 @@ import numpy as np
 
 from kernels_pallas import packing
 from kernels_pallas.chunks import map_rows
+from kernels_pallas.codebook_matmul.decode import decode
 from kernels_pallas.codebook_matmul.layout import CodebookWeight, vectors
 
 CHUNK = 2**20
@@ -36,12 +37,11 @@ def by_decoding(
       ``float32[M, N]``.
     """
     k, count = x.shape[-1], vectors(weight, x.shape[-1])
-    *shape, d = weight.codebooks.shape
-    table = weight.codebooks.astype(jnp.float32).reshape(-1, d)
+    codebooks = weight.codebooks.astype(jnp.float32)
     x = x.astype(jnp.float32)
 
     def rows(words: jax.Array) -> jax.Array:
-        w = _read(table, words, (*shape,), bits, count).sum(axis=1)
+        w = decode(packing.unpack(words, bits=bits, count=count), codebooks)
         w = w.reshape(w.shape[0], -1)[:, :k]
         return jax.lax.dot_general(w, x, (((1,), (1,)), ((), ())), precision="highest")
 

@@ -1,0 +1,312 @@
+"""`CodebookArray`: indices into tables of values in place of a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxcompress.codebook import _matmul
+from jaxcompress.coded import CodedLeaf
+from jaxcompress.layout import Axes, Layout
+from jaxcompress.leaf import (
+    CODEBOOK,
+    FROZEN,
+    STEP,
+    Cast,
+    LayoutOp,
+    Leaf,
+    Ran,
+    component,
+    dense_dot_general,
+    leaf_type,
+    map_value,
+    static,
+)
+from kernels_pallas import packing
+from kernels_pallas.codebook_matmul import decode
+
+
+@leaf_type
+class CodebookArray(CodedLeaf):
+    """A weight of which ``d`` consecutive inputs at a time are a codebook entry.
+
+    In storage order, with ``A`` codes that are added, ``S = ceil(K / d)`` sub-vectors,
+    and ``B`` runs of ``S / B`` of them with codebooks of their own,
+    ``w[..., o, d s + j] = scale[o] * sum_a codebooks[s B // S, a, code[o, a, s], j]``.
+    ``A = B = d = 1`` shares single weights. The layout says along which axes
+    sub-vectors lie: a table ``[vocab, dim]`` with ``contract=(-1,)`` has them in rows.
+
+    Attributes:
+      words: ``uint8[*stack, *out, A, ceil(S * b / 8)]`` codes, packed along the
+        sub-vectors; or, in a training view, ``uint8[*stack, *out, A, S]``.
+      codebooks: ``float[*own, B, A, E, d]``, or a leaf; ``own`` are the first of the
+        storage axes, those with codebooks of their own.
+      scale: ``float[*stack, *out]``, or None.
+      layout: How the axes lie in storage.
+      code_bits: Bits of a code, 1 to 8.
+      packed: Whether `words` are packed.
+      pad: Codes of padding at the end of the packed axis.
+      short: Inputs that the last sub-vector lacks.
+      zero_entry: Whether entry 0 of each (single) codebook is held at zero.
+      dtype_name: Logical dtype.
+    """
+
+    words: jax.Array = component(role=FROZEN)
+    codebooks: Any = component(role=CODEBOOK)
+    scale: jax.Array | None = component(role=STEP, default=None)
+    layout: Layout = static()
+    code_bits: int = static()
+    packed: bool = static(default=True)
+    pad: int = static(default=0)
+    short: int = static(default=0)
+    zero_entry: bool = static(default=False)
+    dtype_name: str = static()
+
+    @property
+    def preserves_zeros(self) -> bool:  # type: ignore[override]
+        """Whether an entry is held at zero."""
+        return self.zero_entry
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        """Whether each weight has one code of its own."""
+        _, books, _, d = self.codebooks.shape[-4:]
+        return books == d == 1
+
+    @property
+    def has_own_matmul(self) -> bool:  # type: ignore[override]
+        """Whether the device multiplies by so large a weight without a dense copy."""
+        return self.words is not None and _matmul.has_kernel(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.layout.logical_shape((*self.words.shape[:-2], self.inputs))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Logical dtype."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def method(self) -> str:
+        """``"codebook 4 bit"``, ``"codebook 2x8 bit d8"`` of sums of vectors."""
+        _, books, _, d = self.codebooks.shape[-4:]
+        times = f"{books}x" if books > 1 else ""
+        return f"codebook {times}{self.bits} bit{f' d{d}' if d > 1 else ''}"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.code_bits
+
+    @property
+    def subvectors(self) -> int:
+        """``S``: sub-vectors of an output."""
+        if not self.packed:
+            return self.words.shape[-1]
+        return self.words.shape[-1] * 8 // self.bits - self.pad
+
+    @property
+    def inputs(self) -> int:
+        """``K``: contracting elements of an output."""
+        return self.subvectors * self.codebooks.shape[-1] - self.short
+
+    @property
+    def own(self) -> int:
+        """How many storage axes have codebooks of their own."""
+        return len(self.codebooks.shape) - 4
+
+    def codes(self) -> jax.Array:
+        """``uint8[*stack, *out, A, S]``."""
+        if self.packed:
+            return packing.unpack(self.words, bits=self.bits, count=self.subvectors)
+        if self.words.dtype != jnp.uint8:
+            raise TypeError(
+                f"CodebookArray: words must be uint8; got {self.words.dtype}. "
+                "Arithmetic over a tree of compressed leaves (x * 2, averaging) "
+                "corrupts codes: act on the params before `compress`."
+            )
+        return self.words
+
+    def elements(self) -> jax.Array:
+        """``uint8[*stack, *out, K]`` codes of single weights, in storage order."""
+        return self.codes()[..., 0, :]
+
+    def with_elements(self, codes: jax.Array) -> CodebookArray:
+        """The leaf with other codes ``uint8[*stack, *out, K]``, unpacked."""
+        return self.replace(words=codes[..., None, :], packed=False, pad=0)
+
+    def without_elements(self) -> CodebookArray:
+        """The leaf without its codes, which are stored elsewhere."""
+        return self.replace(words=None)
+
+    def pack(self) -> CodebookArray:
+        """The stored form of a training view."""
+        if self.packed:
+            return self
+        words = packing.pack(self.codes(), bits=self.bits)
+        pad = words.shape[-1] * 8 // self.bits - self.words.shape[-1]
+        return self.replace(words=words, packed=True, pad=pad)
+
+    def entries(self) -> jax.Array:
+        """``float32[*own, B, A, E, d]`` codebooks, entry 0 at zero where it is held."""
+        books = self.codebooks
+        books = books.materialize() if isinstance(books, Leaf) else books
+        books = books.astype(jnp.float32)
+        return books.at[..., 0, :].set(0.0) if self.zero_entry else books
+
+    def materialize(self) -> jax.Array:
+        """The dense values."""
+        codes, entries = self.codes(), self.entries()
+        own, lead = entries.shape[: self.own], codes.shape[:-2]
+        run = decode
+        for _ in own:
+            run = jax.vmap(run)
+        w = run(codes.reshape(*own, -1, *codes.shape[-2:]), entries)
+        w = w.reshape(*lead, -1)[..., : self.inputs]
+        if self.scale is not None:
+            w = w * self.scale.astype(jnp.float32)[..., None]
+        return self.layout.from_storage(w).astype(self.dtype)
+
+    def values(self) -> tuple[Any, ...]:
+        """The codebooks."""
+        books = self.codebooks
+        return books.values() if isinstance(books, Leaf) else (books,)
+
+    def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
+        """Act on the codebooks; every code keeps its entry."""
+        return self.replace(codebooks=map_value(f, self.codebooks))
+
+    def value_axes(self) -> tuple[Any, ...]:
+        """Entries along an axis -2, every codebook for itself."""
+        books = self.codebooks
+        if isinstance(books, Leaf):
+            return books.value_axes()
+        return (Axes(contract=(-2,), stack=books.ndim - 2),)
+
+    def relayout(self, op: LayoutOp) -> Leaf:
+        """Transposes and reshapes change the layout; words stay where they are."""
+        if isinstance(op, Cast):
+            narrower = np.dtype(op.dtype).itemsize <= 4 and self.dtype == jnp.float32
+            return (
+                self.replace(dtype_name=op.dtype.name) if narrower else NotImplemented
+            )
+        layout = self.layout.relayout(op, self.shape)
+        return (
+            NotImplemented if layout is NotImplemented else self.replace(layout=layout)
+        )
+
+    def stacked(self, ndim: int) -> Leaf:
+        """Count the first axes as stacks, with codebooks for each entry."""
+        layout = self._without_leading(ndim)
+        if layout is NotImplemented:
+            return NotImplemented
+        if self.own >= ndim:
+            return self.replace(layout=layout)
+        books = self.codebooks
+        books = books.materialize() if isinstance(books, Leaf) else books
+        core = books.shape[self.own :]
+        books = books.reshape(
+            *books.shape[: self.own], *(1,) * (ndim - self.own), *core
+        )
+        books = jnp.broadcast_to(books, (*self.shape[:ndim], *core))
+        return self.replace(layout=layout, codebooks=books)
+
+    def map_leading(self, f: Callable[[jax.Array], jax.Array], ndim: int) -> Leaf:
+        """Codes and scales alone, where all entries share the codebooks."""
+        layout = self._without_leading(ndim)
+        if layout is NotImplemented or self.own:
+            return super().map_leading(f, ndim)
+        scale = None if self.scale is None else f(self.scale)
+        return self.replace(words=f(self.words), scale=scale, layout=layout)
+
+    def _without_leading(self, ndim: int) -> Any:
+        """The layout with the first logical axes as stacks, if they lead in storage."""
+        rank = len(self.shape)
+        stack = rank - len(self.layout.order)
+        if stack >= ndim:
+            return self.layout
+        full = self.layout.absorb_stack(stack)
+        leading = full.order[:ndim] == tuple(range(-rank, ndim - rank))
+        if not leading or rank - ndim < full.contracting:
+            return NotImplemented
+        return dataclasses.replace(full, order=full.order[ndim:])
+
+    def dot_general(
+        self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
+    ) -> Ran:
+        """By the kernel for weights too large for a dense copy."""
+        dense = functools.partial(
+            dense_dot_general,
+            self,
+            x,
+            dimension_numbers,
+            leaf_is_lhs=leaf_is_lhs,
+            **params,
+        )
+        if not self.has_own_matmul:
+            return dense()
+        site = _matmul.site_of(self, x, dimension_numbers, leaf_is_lhs)
+        if site is None:
+            return dense()
+        return _matmul.codebook_dot(self, x, site, params)
+
+    def component_specs(
+        self, spec: Sequence[Any], sizes: dict[Any, int]
+    ) -> CodebookArray:
+        """Codes and scales cut like the weight; whole words and runs only."""
+        full = self.layout.absorb_stack(len(self.shape) - len(self.layout.order))
+        out = [spec[a] for a in full.out]
+        major, *minor = (spec[a] for a in full.contract)
+        if any(m is not None for m in minor):
+            raise ValueError(
+                f"{self.method}: of the contracting axes {full.contract} only the "
+                f"first may be sharded; got {tuple(spec)}."
+            )
+        self._check_cut(full.contract[0], _parts(major, sizes))
+        blocks = self.codebooks.shape[-4]
+        entries = (*out[: self.own], major if blocks > 1 else None)
+        books: Any = PartitionSpec(*entries)
+        if isinstance(self.codebooks, Leaf):
+            books = self.codebooks.component_specs((*entries, None, None, None), sizes)
+        return self.replace(
+            words=PartitionSpec(*out, None, major),
+            codebooks=books,
+            scale=None if self.scale is None else PartitionSpec(*out),
+        )
+
+    def _check_cut(self, axis: int, parts: int) -> None:
+        if parts == 1:
+            return
+        size = self.shape[axis]
+        k = math.prod(self.shape[a] for a in self.layout.contract)
+        blocks, _, _, d = self.codebooks.shape[-4:]
+        whole = d * (packing.period(self.bits) if self.packed else 1)
+        able = [
+            n
+            for n in range(2, size + 1)
+            if size % n == 0
+            and (k // n) % whole == 0
+            and (blocks == 1 or blocks % n == 0)
+        ]
+        if parts not in able:
+            raise ValueError(
+                f"{self.method}: axis {axis} of size {size} cannot be cut in {parts} "
+                f"parts inside words or runs of sub-vectors; it can be cut in {able}."
+            )
+
+
+def _parts(entry: Any, sizes: dict[Any, int]) -> int:
+    if entry is None:
+        return 1
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(sizes[name] for name in names)
