@@ -32,6 +32,8 @@ class Blocks(NamedTuple):
 def refusal(hashing: Hashing, buckets: int) -> str:
     """Why the kernel cannot run, or nothing."""
     bn, bk = hashing.block
+    if not hashing.aligned and bk > 1:
+        return "runs begin anywhere"
     if hashing.block == (1, 1):
         few = buckets <= SINGLE_BUCKETS
         return "" if few else f"more than {SINGLE_BUCKETS} buckets for single weights"

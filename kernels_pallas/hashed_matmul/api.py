@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas.errors import refuse
 from kernels_pallas.hashed_matmul import _tpu_blocks, xla
 from kernels_pallas.hashed_matmul.reference import Hashing, Origin
+from kernels_pallas.hashing import MOST
 from kernels_pallas.target import Choice, Target, current_target
 
 WHO = "hashed_matmul"
@@ -23,6 +24,7 @@ class _Problem(NamedTuple):
     n: int
     kernel: str
     chunk: int
+    exact: bool
     interpret: Any
 
 
@@ -38,12 +40,14 @@ def hashed_matmul(
 ) -> jax.Array:
     r"""Multiply activations by a weight whose values are shared by hashing.
 
-    .. math:: y_{mo} = \sum_k x_{mk}\, \xi(h_{ok})\, b_{h_{ok} \bmod B}, \qquad
-        h_{ok} = \operatorname{murmur3}(o, k)
+    .. math:: y_{mo} = \sum_k x_{mk}\, \xi_{ok}\, b_{h_{ok} \bmod B}, \qquad
+        h_{ok} = \operatorname{xxh32}(o, k)
 
-    No index is stored: hashes are computed as the weight is read. With blocks, one
-    hash names a run of consecutive buckets (`Hashing`). Differentiable in `x` and the
-    buckets.
+    No index is stored: hashes are computed as the weight is read, and :math:`\xi` is
+    the sign of a second one. With blocks, one hash names a run of consecutive buckets
+    (`Hashing`). Differentiable in `x` and the buckets, whose gradient is the sum of
+    their weights', in the same order at every call (on a GPU, in fixed point, where
+    order cannot matter); the dense weight is not kept for it.
 
     Args:
       x: ``float[*stack, ..., K]``.
@@ -67,15 +71,14 @@ def hashed_matmul(
     Examples:
       >>> buckets = jnp.array([1.0, 10.0, 100.0])
       >>> hashed_matmul(jnp.eye(2), buckets, Hashing(), n=2).T.tolist()
-      [[10.0, 10.0], [100.0, 10.0]]
+      [[-100.0, 10.0], [1.0, -100.0]]
 
     References:
       Chen et al., `Compressing Neural Networks with the Hashing Trick
-      <https://arxiv.org/abs/1504.04788>`_, 2015, eq. 3 and 7. Differs: MurmurHash3 in
-      the place of xxHash, bucket and sign from the bits of one hash. Desai et al.,
+      <https://arxiv.org/abs/1504.04788>`_, 2015, eq. 3 and 7. Desai et al.,
       `Random Offset Block Embedding Array (ROBE)
-      <https://arxiv.org/abs/2108.02191>`_, 2022, for runs. Differs: runs begin at
-      multiples of a block's row.
+      <https://arxiv.org/abs/2108.02191>`_, 2022, for runs that begin anywhere; by
+      default they begin at multiples of a block's row.
     """
     target = current_target() if target is None else target
     _check(x, buckets, hashing, n, origin)
@@ -84,8 +87,14 @@ def hashed_matmul(
     if m == 0:
         return jnp.zeros((*x.shape[:-1], n), x.dtype)
     choice = choose(m, n, k, buckets.shape[-1], hashing, target=target)
-    chunk = _chunk(n, k) if target.platform == "cpu" else _AT_ONCE
-    problem = _Problem(hashing, n, choice.kernel, chunk, interpret)
+    problem = _Problem(
+        hashing,
+        n,
+        choice.kernel,
+        _chunk(n, k, target),
+        exact=target.platform == "gpu",
+        interpret=interpret,
+    )
     run = functools.partial(_matmul, problem=problem)
     for _ in range(stack):
         run = jax.vmap(run, in_axes=(0, 0, None))
@@ -112,19 +121,16 @@ def choose(
     if target.platform == "tpu" and not why:
         what = "weights" if hashing.block == (1, 1) else "blocks"
         return Choice("tpu", f"{what} hashed in the TPU kernel")
-    rows = _chunk(n, k) // max(1, k) if target.platform == "cpu" else n
+    rows = _chunk(n, k, target) // max(1, k)
     at_once = "" if rows >= n else f", {rows} outputs at a time"
     why = f" ({why})" if why else ""
     return Choice("xla", f"buckets gathered, then a dot{at_once}{why}")
 
 
-_AT_ONCE = 2**26
-"""Weights to look up at a time on an accelerator: 256 MB of float32."""
-
-
-def _chunk(n: int, k: int) -> int:
-    """Weights to look up at a time on a CPU: a 16th, in 0.5 to 4 MB of float32."""
-    return max(min(n * k // 16, 2**20), 2**17, k)
+def _chunk(n: int, k: int, target: Target) -> int:
+    """Weights to look up at a time: a 16th, in 0.25 to 4 MB of float32 on a CPU."""
+    most = 2**20 if target.platform == "cpu" else 2**26
+    return max(min(n * k // 16, most), min(n * k, 2**16), k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("problem",))
@@ -144,13 +150,7 @@ def _matmul(
             interpret=problem.interpret,
         )
         return y.astype(x.dtype)
-    return _by_xla(x, buckets, origin, problem).astype(x.dtype)
-
-
-def _by_xla(
-    x: jax.Array, buckets: jax.Array, origin: jax.Array, problem: _Problem
-) -> jax.Array:
-    return xla.hashed_matmul(
+    y = xla.hashed_matmul(
         x,
         buckets,
         problem.hashing,
@@ -158,6 +158,7 @@ def _by_xla(
         origin=(origin[0], origin[1]),
         chunk=problem.chunk,
     )
+    return y.astype(x.dtype)
 
 
 def _forward(
@@ -167,8 +168,17 @@ def _forward(
 
 
 def _backward(problem: _Problem, residuals: Any, dy: jax.Array) -> Any:
-    _, pull = jax.vjp(functools.partial(_by_xla, problem=problem), *residuals)
-    return pull(dy.astype(jnp.float32))
+    x, buckets, origin = residuals
+    dx, dbuckets = xla.gradients(
+        x,
+        buckets,
+        dy,
+        problem.hashing,
+        origin=(origin[0], origin[1]),
+        chunk=problem.chunk,
+        exact=problem.exact,
+    )
+    return dx.astype(x.dtype), dbuckets.astype(buckets.dtype), None
 
 
 _matmul.defvjp(_forward, _backward)
@@ -200,7 +210,15 @@ def _check(
             x.shape,
             "Move the stack to the front, or use jax.vmap.",
         )
-    if buckets.shape[-1] < bk or buckets.shape[-1] % bk:
+    if buckets.shape[-1] > MOST:
+        refuse(
+            WHO,
+            "buckets",
+            f"be {MOST} at most",
+            buckets.shape[-1],
+            "Cut the weight in parts.",
+        )
+    if buckets.shape[-1] < bk or (hashing.aligned and buckets.shape[-1] % bk):
         refuse(
             WHO,
             "buckets",

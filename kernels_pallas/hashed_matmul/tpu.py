@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hashed_matmul._tpu_blocks import LANES, Blocks, blocks_for
 from kernels_pallas.hashed_matmul.reference import Hashing, Origin
-from kernels_pallas.hashing import bucket, murmur3, negative
+from kernels_pallas.hashing import place, row_state
 
 
 def hashed_matmul(
@@ -67,7 +67,7 @@ def _table(buckets: jax.Array, hashing: Hashing) -> jax.Array:
     bn, bk = hashing.block
     if hashing.block == (1, 1):
         return jnp.pad(buckets, (0, -len(buckets) % LANES))[None]
-    count = hashing.rows(len(buckets))
+    count = hashing.starts(len(buckets))
     lines = buckets.reshape(count, bk // LANES, LANES).swapaxes(0, 1)
     return lines[:, np.arange(count + bn - 1) % count]
 
@@ -147,15 +147,16 @@ def _single(
     """A hash and a gather for every weight of the tile, 128 columns at a time."""
     shape = (w.shape[0], LANES)
     rows = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    state = row_state(rows.astype(jnp.uint32), seed=hashing.seed)
 
     @pl.loop(0, w.shape[1] // LANES)
     def _(i: jax.Array) -> None:
         columns = column + i * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        h = murmur3(
-            rows.astype(jnp.uint32), columns.astype(jnp.uint32), seed=hashing.seed
+        at, negative = place(
+            state, columns.astype(jnp.uint32), count=buckets, linear=hashing.linear
         )
-        values = _looked_up(table[...], bucket(h, buckets))
-        values = jnp.where(negative(h), -values, values)
+        values = _looked_up(table[...], at)
+        values = jnp.where(negative, -values, values)
         lanes = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         w[:, lanes] = values.astype(w.dtype)
 
@@ -180,19 +181,21 @@ def _blockwise(
     buckets: int,
 ) -> None:
     """Rows of the table for every block of the tile."""
-    (bn, bk), count = hashing.block, hashing.rows(buckets)
+    (bn, bk), count = hashing.block, hashing.starts(buckets)
 
     @pl.loop(0, w.shape[0] // bn)
     def _(i: jax.Array) -> None:
+        state = row_state((row + i).astype(jnp.uint32), seed=hashing.seed)
         for j in range(w.shape[1] // bk):
-            h = murmur3(
-                (row + i).astype(jnp.uint32),
+            first, negative = place(
+                state,
                 (column + j).astype(jnp.uint32),
-                seed=hashing.seed,
+                count=count,
+                linear=hashing.linear,
             )
-            runs = pl.ds(bucket(h, count), bn)
+            runs = pl.ds(first, bn)
             for c in range(bk // LANES):
                 run = table[c, runs, :]
-                run = jnp.where(negative(h), -run, run)
+                run = jnp.where(negative, -run, run)
                 lanes = pl.ds(j * bk + c * LANES, LANES)
                 w[pl.ds(pl.multiple_of(i * bn, bn), bn), lanes] = run.astype(w.dtype)

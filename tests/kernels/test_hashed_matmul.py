@@ -1,4 +1,4 @@
-"""The hash against its published answers, and hashed matmul against float64 NumPy."""
+"""The hash against the package `xxhash`, and hashed matmul against float64 NumPy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 
 from kernels_pallas import hashing
 from kernels_pallas.hashed_matmul import (
     Hashing,
     choose,
     dequantize,
+    exact_sums,
     hashed_matmul,
     reference,
     xla,
@@ -24,81 +26,70 @@ from kernels_pallas.target import Target
 from tests.quick import quick
 
 CPU_TARGET, TPU_TARGET = Target("cpu", "cpu"), Target("tpu", "TPU v5e")
-MASK = 2**32 - 1
 
 
-def rotated(word: int, left: int) -> int:
-    return (word << left | word >> (32 - left)) & MASK
+@pytest.mark.parametrize("key", [b"\0\0\0\0", b"abcd", b"abcdefgh", b"abcdefghijkl"])
+@pytest.mark.parametrize("seed", [0, 1, 0x9747B28C, 2**32 - 1])
+def test_the_hash_is_that_of_the_xxhash_package(key: bytes, seed: int) -> None:
+    words = [jnp.uint32(w) for w in struct.unpack(f"<{len(key) // 4}I", key)]
+    found = hashing.xxhash32(*words, seed=seed)
+    assert int(found) == xxhash.xxh32_intdigest(key, seed)
 
 
-def scrambled(word: int) -> int:
-    return rotated(word * 0xCC9E2D51 & MASK, 15) * 0x1B873593 & MASK
+def key_of(row: int, column: int) -> bytes:
+    return struct.pack("<2I", row, column)
 
 
-def murmur3(key: bytes, seed: int) -> int:
-    """MurmurHash3_x86_32 in Python integers, tail included."""
-    h, whole = seed, len(key) // 4 * 4
-    for block in struct.unpack(f"<{whole // 4}I", key[:whole]):
-        h = (rotated(h ^ scrambled(block), 13) * 5 + 0xE6546B64) & MASK
-    h ^= scrambled(int.from_bytes(key[whole:], "little")) ^ len(key)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h = (h ^ h >> shift) * factor & MASK
-    return h
+def bucket_of(h: int, count: int, linear: bool) -> int:
+    """Litwin's address: of the larger table, unless there is no such bucket yet."""
+    if not linear:
+        return h % count
+    level = 1
+    while level * 2 <= count:
+        level *= 2
+    return h % (2 * level) if h % (2 * level) < count else h % level
 
 
-def test_the_oracle_has_the_verification_value_of_smhasher() -> None:
-    """Of the hashes of 256 keys ``0, 1, ..., i - 1``: main.cpp of SMHasher."""
-    hashes = [murmur3(bytes(range(i)), 256 - i) for i in range(256)]
-    assert murmur3(struct.pack("<256I", *hashes), 0) == 0xB0F57EE3
+COUNTS = (1, 2, 3, 64, 100, 1000, 2**30 - 1)
 
 
-@pytest.mark.parametrize(
-    ("key", "seed", "wanted"),
-    [
-        (b"\xff\xff\xff\xff", 0, 0x76293B50),
-        (b"\x21\x43\x65\x87", 0, 0xF55B516B),
-        (b"\x21\x43\x65\x87", 0x5082EDEE, 0x2362F9DE),
-        (b"\0\0\0\0", 0, 0x2362F9DE),
-        (b"aaaa", 0x9747B28C, 0x5A97808A),
-        (b"abcd", 0x9747B28C, 0xF0478627),
-    ],
-)
-def test_published_answers(key: bytes, seed: int, wanted: int) -> None:
-    assert murmur3(key, seed) == wanted
-    word = jnp.uint32(int.from_bytes(key, "little"))
-    assert int(hashing.murmur3(word, seed=seed)) == wanted
-
-
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("seed", [0, 0x9747B28C])
-def test_hash_bucket_and_sign_of_pairs(seed: int) -> None:
+def test_bucket_and_sign_of_places(seed: int, linear: bool) -> None:
     words = np.random.default_rng(seed).integers(0, 2**32, (2, 50), np.uint32)
 
     @quick
-    def run(a: jax.Array, b: jax.Array) -> Any:
-        h = hashing.murmur3(a, b, seed=seed)
-        buckets = [hashing.bucket(h, count) for count in (1, 64, 1000)]
-        return h, buckets, hashing.negative(h)
+    def run(rows: jax.Array, columns: jax.Array) -> Any:
+        state = hashing.row_state(rows, seed=seed)
+        return [
+            hashing.place(state, columns, count=count, linear=linear)
+            for count in COUNTS
+        ]
 
-    h, buckets, negative = run(*jnp.asarray(words))
-    wanted = [murmur3(struct.pack("<2I", *pair), seed) for pair in words.T]
-    assert h.tolist() == wanted
-    for count, found in zip((1, 64, 1000), buckets, strict=True):
-        assert found.tolist() == [v % 2**31 % count for v in wanted]
-    assert negative.tolist() == [v >= 2**31 for v in wanted]
+    for count, (at, negative) in zip(COUNTS, run(*jnp.asarray(words)), strict=True):
+        keys = [key_of(*pair) for pair in words.T]
+        hashes = [xxhash.xxh32_intdigest(key, seed) for key in keys]
+        signs = [
+            xxhash.xxh32_intdigest(key, (seed + 0x9E3779B1) % 2**32) for key in keys
+        ]
+        assert at.tolist() == [bucket_of(h, count, linear) for h in hashes]
+        assert negative.tolist() == [s >= 2**31 for s in signs]
 
 
 def places_of(
     hashed: Hashing, buckets: int, n: int, k: int, origin: tuple[int, int] = (0, 0)
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bucket and sign of each weight, from the definition, place by place."""
-    (bn, bk), starts = hashed.block, buckets // hashed.block[1]
+    (bn, bk), width = hashed.block, hashed.block[1] if hashed.aligned else 1
     at, sign = np.zeros((n, k), int), np.zeros((n, k))
     for i, j in np.ndindex(n, k):
         row, column = i + origin[0], j + origin[1]
-        h = murmur3(struct.pack("<2I", row // bn, column // bk), hashed.seed)
-        first = h % 2**31 % starts * bk
+        key = key_of(row // bn, column // bk)
+        h = xxhash.xxh32_intdigest(key, hashed.seed)
+        other = xxhash.xxh32_intdigest(key, (hashed.seed + 0x9E3779B1) % 2**32)
+        first = bucket_of(h, buckets // width, hashed.linear) * width
         at[i, j] = (first + row % bn * bk + column % bk) % buckets
-        sign[i, j] = -1 if h >= 2**31 else 1
+        sign[i, j] = -1 if other >= 2**31 else 1
     return at, sign
 
 
@@ -106,6 +97,13 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 CASES = {
     "single": (3, 33, 47, 100, Hashing(seed=5), (0, 0), F32),
     "single, a shard": (17, 21, 140, 257, Hashing(), (60, 70), BF16),
+    "runs that begin anywhere": (
+        *(3, 21, 40, 57),
+        Hashing((3, 7), aligned=False),
+        (6, 14),
+        F32,
+    ),
+    "a table that grows": (3, 30, 40, 100, Hashing(seed=3, linear=True), (0, 0), F32),
     "odd blocks": (1, 29, 37, 35, Hashing((3, 5), seed=1), (9, 20), F32),
     "blocks": (8, 40, 200, 128 * 5, Hashing((16, 128), seed=2), (16, 256), BF16),
     "wide blocks": (3, 20, 270, 256 * 3, Hashing((16, 256)), (32, 512), F32),
@@ -204,8 +202,12 @@ def test_a_stack_and_leading_axes() -> None:
 
 @pytest.mark.parametrize(
     ("count", "hashed"),
-    [(50, Hashing(seed=1)), (128 * 4, Hashing((16, 128)))],
-    ids=["single", "blocks"],
+    [
+        (50, Hashing(seed=1)),
+        (128 * 4, Hashing((16, 128))),
+        (51, Hashing((1, 4), aligned=False)),
+    ],
+    ids=["single", "blocks", "anywhere"],
 )
 def test_gradients(count: int, hashed: Hashing) -> None:
     m, n, k, origin = 3, 19, 140, (16, 128)
@@ -217,13 +219,19 @@ def test_gradients(count: int, hashed: Hashing) -> None:
     forms = (
         functools.partial(hashed_matmul, target=CPU_TARGET, **options),
         functools.partial(hashed_matmul, target=TPU_TARGET, interpret=True, **options),
-        functools.partial(xla.hashed_matmul, chunk=4 * k, **options),
     )
 
     @quick
     def pulled(x: jax.Array, b: jax.Array) -> Any:
         pulls = [jax.vjp(lambda x, b, f=f: f(x, b, hashed), x, b)[1] for f in forms]
-        return [pull(jnp.asarray(dy)) for pull in pulls]
+        parts = functools.partial(
+            xla.gradients, x, b, jnp.asarray(dy), hashed, origin=origin
+        )
+        return [
+            *(pull(jnp.asarray(dy)) for pull in pulls),
+            parts(chunk=4 * k),
+            parts(exact=True),
+        ]
 
     at, sign = places_of(hashed, count, n, k, origin)
     dense = sign * buckets.astype(float)[at]
@@ -251,6 +259,53 @@ def test_the_kernel_lowers_for_tpu(count: int, hashed: Hashing) -> None:
     )
     lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
+
+
+def test_exact_sums_are_the_same_in_any_order() -> None:
+    """Of magnitudes so far apart that plain sums are not; and right to float32."""
+    rng = np.random.default_rng(0)
+    size, count = 3000, 7
+    scale = 2.0 ** rng.integers(-18, 18, (size, 1))
+    values = (rng.standard_normal((size, 2)) * scale).astype(np.float32)
+    index = rng.integers(0, count, size)
+    run = quick(lambda v, i: exact_sums(v, i, count))
+    order = rng.permutation(size)
+    plain = quick(lambda v, i: jnp.zeros((count, 2)).at[i].add(v))
+    given = jnp.asarray(values), jnp.asarray(index)
+    mixed = given[0][order], given[1][order]
+    found = run(*given)
+    np.testing.assert_array_equal(found, run(*mixed))
+    assert (plain(*given) != plain(*mixed)).any()
+    wanted = np.zeros((count, 2))
+    np.add.at(wanted, index, values.astype(float))
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-22)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-37, 3e38])
+def test_exact_sums_of_extreme_values(size: float) -> None:
+    values = jnp.full((3, 1), size, jnp.float32) * jnp.array([[0.5], [0.25], [0.125]])
+    found = quick(lambda v: exact_sums(v, jnp.zeros(3, jnp.int32), 1))(values)
+    np.testing.assert_allclose(found, [[0.875 * size]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("block", "aligned", "most"),
+    [((1, 1), True, 1.0), ((16, 16), True, 0.25), ((1, 32), False, 0.5)],
+)
+def test_training_holds_a_part_of_the_dense_weight(
+    block: tuple[int, int], aligned: bool, most: float
+) -> None:
+    n = k = 1024
+    hashed = Hashing(block, aligned=aligned)
+    loss = lambda x, b: jnp.square(hashed_matmul(x, b, hashed, n=n)).sum()
+    shapes = (
+        jax.ShapeDtypeStruct((16, k), jnp.float32),
+        jax.ShapeDtypeStruct((n * k // 64,), jnp.float32),
+    )
+    step = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    memory = step.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < most * 4 * n * k
 
 
 def test_no_dense_weight_is_made_on_a_cpu() -> None:
