@@ -76,9 +76,11 @@ class MiniLM(nn.Module):
     Attributes:
       scan: One `layers` whose weights are stacked ``[6, in, out]`` and scanned, instead
         of `layers_0` to `layers_5`. The weights and the result are the same.
+      layers: How many.
     """
 
     scan: bool = False
+    layers: int = LAYERS
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -90,11 +92,11 @@ class MiniLM(nn.Module):
                 step,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                length=LAYERS,
+                length=self.layers,
             )
             x, _ = layers(Layer(name="layers"), x, None)
         else:
-            for i in range(LAYERS):
+            for i in range(self.layers):
                 x = Layer(name=f"layers_{i}")(x, mask)
         mean = jnp.mean(x, 1, where=mask[..., None])
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)

@@ -23,11 +23,30 @@ from flax.traverse_util import unflatten_dict
 
 from experiments import data
 
-LAYERS, WIDTH, INNER, VOCABULARY, CONTEXT = 5, 64, 172, 512, 512
-HEADS, KV_HEADS, HEAD = 8, 4, 8
+LAYERS, VOCABULARY, CONTEXT = 5, 512, 512
+HEAD = 8
 EPSILON, ROPE_BASE = 1e-5, 10_000.0
 
 Linear = functools.partial(nn.Dense, use_bias=False)
+
+
+class Sizes(NamedTuple):
+    """How wide a model is; the defaults are those of stories260K.
+
+    Attributes:
+      width: Channels of a token.
+      inner: Channels inside the feed-forward part.
+      heads: Of queries, 8 channels each.
+      kv_heads: Of keys and values; divides `heads`.
+    """
+
+    width: int = 64
+    inner: int = 172
+    heads: int = 8
+    kv_heads: int = 4
+
+
+FULL, HALF = Sizes(), Sizes(width=32, inner=86, heads=4, kv_heads=2)
 
 
 class Cache(NamedTuple):
@@ -57,16 +76,19 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal; two query heads share each head of keys and values."""
+    """Causal; some query heads share each head of keys and values."""
+
+    sizes: Sizes = FULL
 
     @nn.compact
     def __call__(
         self, x: jax.Array, positions: jax.Array, cache: Cache | None, layer: Any
     ) -> tuple[jax.Array, Cache | None]:
         split = lambda y: y.reshape(*y.shape[:2], -1, HEAD)
-        query = rotate(split(Linear(HEADS * HEAD, name="wq")(x)), positions)
-        key = rotate(split(Linear(KV_HEADS * HEAD, name="wk")(x)), positions)
-        value = split(Linear(KV_HEADS * HEAD, name="wv")(x))
+        heads, kv_heads = self.sizes.heads, self.sizes.kv_heads
+        query = rotate(split(Linear(heads * HEAD, name="wq")(x)), positions)
+        key = rotate(split(Linear(kv_heads * HEAD, name="wk")(x)), positions)
+        value = split(Linear(kv_heads * HEAD, name="wv")(x))
         if cache is not None:
             start = (layer, 0, positions[0], 0, 0)
             write = jax.lax.dynamic_update_slice
@@ -80,22 +102,26 @@ class Attention(nn.Module):
             )
         past = positions[:, None] >= jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         y = jax.nn.dot_product_attention(query, key, value, mask=past[None, None])
-        return Linear(WIDTH, name="wo")(y.reshape(x.shape)), cache
+        y = y.reshape(*y.shape[:2], -1)
+        return Linear(self.sizes.width, name="wo")(y), cache
 
 
 class Block(nn.Module):
     """A Llama layer: each part is added to what it normalized."""
+
+    sizes: Sizes = FULL
 
     @nn.compact
     def __call__(
         self, x: jax.Array, positions: jax.Array, cache: Cache | None, layer: Any
     ) -> tuple[jax.Array, Cache | None]:
         y = nn.RMSNorm(EPSILON, name="attention_norm")(x)
-        y, cache = Attention(name="attention")(y, positions, cache, layer)
+        y, cache = Attention(self.sizes, name="attention")(y, positions, cache, layer)
         x = x + y
         y = nn.RMSNorm(EPSILON, name="ffn_norm")(x)
-        gate, up = nn.silu(Linear(INNER, name="w1")(y)), Linear(INNER, name="w3")(y)
-        return x + Linear(WIDTH, name="w2")(gate * up), cache
+        inner, width = self.sizes.inner, self.sizes.width
+        gate, up = nn.silu(Linear(inner, name="w1")(y)), Linear(inner, name="w3")(y)
+        return x + Linear(width, name="w2")(gate * up), cache
 
 
 class Stories(nn.Module):
@@ -104,9 +130,11 @@ class Stories(nn.Module):
     Attributes:
       scan: One `layers` whose weights are stacked ``[5, in, out]`` and scanned, instead
         of `layers_0` to `layers_4`. The weights and the result are the same.
+      sizes: How wide it is.
     """
 
     scan: bool = True
+    sizes: Sizes = FULL
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits ``[batch, time, 512]`` of what follows ``int32[batch, time]``."""
@@ -130,7 +158,7 @@ class Stories(nn.Module):
     def _run(
         self, tokens: jax.Array, position: jax.Array, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        embed = nn.Embed(VOCABULARY, WIDTH, name="tok_embeddings")
+        embed = nn.Embed(VOCABULARY, self.sizes.width, name="tok_embeddings")
         positions = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = embed(tokens)
         if self.scan:
@@ -141,16 +169,18 @@ class Stories(nn.Module):
                 length=LAYERS,
             )
             indices = jnp.arange(LAYERS, dtype=jnp.int32)
-            (x, cache), _ = layers(Block(name="layers"), (x, cache), indices)
+            block = Block(self.sizes, name="layers")
+            (x, cache), _ = layers(block, (x, cache), indices)
         else:
             for i in range(LAYERS):
-                x, cache = Block(name=f"layers_{i}")(x, positions, cache, jnp.int32(i))
+                block = Block(self.sizes, name=f"layers_{i}")
+                x, cache = block(x, positions, cache, jnp.int32(i))
         return embed.attend(nn.RMSNorm(EPSILON, name="norm")(x)), cache
 
 
-def init_cache(batch: int, length: int = CONTEXT) -> Cache:
+def init_cache(batch: int, length: int = CONTEXT, sizes: Sizes = FULL) -> Cache:
     """An empty cache for `length` tokens."""
-    shape = (LAYERS, batch, length, KV_HEADS, HEAD)
+    shape = (LAYERS, batch, length, sizes.kv_heads, HEAD)
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
 
 
