@@ -24,6 +24,10 @@ class Case:
     """Trains beside a frozen weight: zeros hold at the start, a mask cannot precede."""
     once: bool = False
     """Cannot follow itself."""
+    structure: bool = False
+    """Puts other values in place of a weight: the identity alone may precede it."""
+    tolerance: float = 0.0
+    """Of the largest weight: between decompositions of what is one but for rounding."""
 
     def __str__(self) -> str:
         named = {k: getattr(v, "name", v) for k, v in self.options.items()}
@@ -91,6 +95,7 @@ PRESETS = tuple(
 )
 
 q = jc.quant
+FACTORS: Any = {"keeps_zeros": False, "structure": True, "tolerance": 1e-5}
 CASES = (
     Case(jc.identity),
     *(Case(f) for f in (q.int2, q.int3, q.int4, q.int5, q.int6, q.int7, q.int8)),
@@ -152,6 +157,14 @@ CASES = (
     Case(jc.prune.straight_through, {"sparsity": 0.6}),
     Case(jc.prune.sr_ste),
     Case(iterative),
+    Case(jc.lowrank.svd, {"rank": 32}, **FACTORS),
+    Case(jc.hashing.hashed, {"ratio": 8.0}, keeps_zeros=False, structure=True),
+    Case(
+        jc.hashing.hashed,
+        {"ratio": 8.0, "block": (8, 16), "seed": 3},
+        keeps_zeros=False,
+        structure=True,
+    ),
 )
 
 

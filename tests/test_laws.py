@@ -97,6 +97,15 @@ def assert_same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def assert_near(a: Any, b: Any, tolerance: float) -> None:
+    """The same bits; with a tolerance, weights within so much of the largest."""
+    if not tolerance:
+        assert_same(a, b)
+    pairs = zip(*(jax.tree.leaves(jc.materialize(t)) for t in (a, b)), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(abs(y).max()))
+
+
 @dtypes
 @cases
 def test_materialize_keeps_structure_shapes_and_dtypes(case: Case, dtype: Any) -> None:
@@ -132,7 +141,8 @@ def test_compressing_what_was_compressed_changes_nothing(case: Case) -> None:
     once = packed(case)
     transform = scheme(case.rule())
     twice = transform.compress(*transform.init(jc.materialize(once)))
-    assert_same(twice, once)
+    assert jax.tree.structure(twice) == jax.tree.structure(once)
+    assert_near(twice, once, case.tolerance)
 
 
 @dtypes
@@ -204,6 +214,8 @@ def on_devices(tree: Any, specs: Any) -> Any:
 
 
 SPECS = {"matrix": P(None, "d"), "stack": P(None, None, "d"), "bias": P()}
+WHOLE = (jc.prune.BitmaskArray, jc.hashing.HashedArray)
+"""Leaves whose own axes cannot be cut."""
 
 
 @cases
@@ -211,16 +223,14 @@ def test_eight_devices_find_the_same_bits(case: Case) -> None:
     transform = scheme(case.rule())
     view = lambda params: jc.materialize(transform.view(*transform.init(params)))
     found = jax.jit(view)(on_devices(weights(), SPECS))
-    assert_same(found, jc.materialize(packed(case)))
+    assert_near(found, jc.materialize(packed(case)), case.tolerance)
 
 
 @cases
 def test_a_sharded_leaf_runs_as_the_whole_one(case: Case) -> None:
     tree = {"matrix": packed(case)["matrix"]}
     cut_outputs = {
-        "matrix": P()
-        if isinstance(tree["matrix"], jc.prune.BitmaskArray)
-        else SPECS["matrix"]
+        "matrix": P() if isinstance(tree["matrix"], WHOLE) else SPECS["matrix"]
     }
     placed = on_devices(tree, jc.shardings(tree, cut_outputs, mesh()))
     product = jax.jit(jc.lift(lambda p, x: x @ p["matrix"]))
@@ -230,13 +240,17 @@ def test_a_sharded_leaf_runs_as_the_whole_one(case: Case) -> None:
 
 
 def some_pairs(first: Case, share: int) -> list[Case]:
-    """Every `SHARES`-th case, another set for each first; always the exceptions."""
+    """Every `SHARES`-th case, another set for each first; always the exceptions.
+
+    After a structure fewer: to what follows, a factor is an array like any other.
+    """
     at = CASES.index(first)
+    stride = 5 * SHARES if first.structure else SHARES
     exception = lambda second: second.fn is jc.identity or second.adapts
     return [
         second
         for i, second in enumerate(CASES)
-        if (i - at) % SHARES == share or exception(second)
+        if (i - at) % stride == share or exception(second)
     ]
 
 
@@ -266,20 +280,31 @@ def test_a_later_transform_preserves_an_earlier_constraint(
         except jc.OrderError:
             refused.append(str(second))
             continue
+        except ValueError as error:
+            if not (first.structure and "divide" in str(error)):
+                raise
+            continue  # The groups of a weight are not those of its factors.
         result = jc.materialize(transform.compress(params, state))
         assert_same(jc.materialize(transform.view(params, state)), result)
-        assert_same(jc.materialize(alone.view(*alone.init(result))), result)
+        again = jc.materialize(alone.view(*alone.init(result)))
+        assert_near(again, result, first.tolerance)
     # Nothing but the identity may follow what fixes the value of every weight, no
-    # adapters a mask, and no gates gates.
+    # adapters a mask, and no gates gates; only the identity may precede a structure.
     masks = hasattr(jc.prune, first.fn.__name__)
-    fixes_values = not masks and first.fn is not jc.identity
-    again = [str(first)] if first.once else []
-    free = [str(c) for c in CASES if not (masks and c.adapts) and str(c) not in again]
-    same = [str(first)] if first.adapts else []  # The adapters that are there.
-    allowed = ["identity()", *same] if fixes_values else free
-    assert refused == [str(c) for c in seconds if str(c) not in allowed]
+    same = [str(first)] if first.adapts or first.structure else []  # They are there.
+    fixes_values = not (masks or first.structure or first.fn is jc.identity)
+
+    def may_follow(c: Case) -> bool:
+        if c.fn is jc.identity or str(c) in same:
+            return True
+        late = c.structure and first.fn is not jc.identity
+        again = first.once and str(c) == str(first)
+        return not (fixes_values or late or again or (masks and c.adapts))
+
+    assert refused == [str(c) for c in seconds if not may_follow(c)]
 
 
 def test_every_public_method_is_a_case() -> None:
-    public = methods(jc.quant) | methods(jc.prune) | {"identity", *PRESETS}
+    families = (jc.quant, jc.prune, jc.lowrank, jc.hashing)
+    public = set().union(*map(methods, families)) | {"identity", *PRESETS}
     assert {case.fn.__name__ for case in CASES} == public

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,6 @@ from jaxcompress.lowrank._factors import (
     factor_specs,
     narrowed,
     product,
-    take_rows,
     wide,
 )
 from jaxcompress.lowrank._sides import Sides, reshaped, transposed
@@ -248,19 +247,20 @@ class LowRankArray(FactorLeaf):
         how = f"rank {self.rank}: convolution, {z.how}"
         return Ran(jnp.moveaxis(z.out, -1, feature), how)
 
-    def take(self, index: jax.Array) -> jax.Array:
-        """Rows of `left`, multiplied by `right`."""
-        if self.stack or len(self.left_axes) > 1:
+    def map_leading(self, f: Callable[[jax.Array], jax.Array], ndim: int) -> Leaf:
+        """Stacks as they are; of the rows of a matrix, those of `left` alone."""
+        if self.stack or ndim != 1 or len(self.left_axes) != 1:
+            return super().map_leading(f, ndim)
+        left = self.left
+        left = left.map_leading(f, 1) if isinstance(left, Leaf) else f(left)
+        if left is NotImplemented:
             return NotImplemented
-        rows = self._gated(take_rows(self.left, index).astype(jnp.float32), ())
-        numbers = ((rows.ndim - 1,), (0,)), ((), ())
-        found = contract(
-            narrowed(rows, self.dtype),
-            self.right,
-            numbers,
-            preferred_element_type=jnp.float32,
+        n = len(self.right_axes)
+        return self.replace(
+            left=left,
+            left_axes=tuple(range(1 - left.ndim - n, -n)),
+            right_axes=tuple(range(-n, 0)),
         )
-        return found.out.astype(self.dtype)
 
     def component_specs(
         self, spec: Sequence[Any], sizes: dict[Any, int]

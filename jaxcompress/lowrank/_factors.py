@@ -125,17 +125,6 @@ def narrowed(y: jax.Array, dtype: Any) -> jax.Array:
     return y.astype(dtype)
 
 
-def take_rows(factor: Any, index: jax.Array) -> jax.Array:
-    """Dense ``factor[index]``, without the other rows where the factor allows it."""
-    if not isinstance(factor, Leaf):
-        return factor[index]
-    stacked = factor.stacked(1)
-    if stacked is not NotImplemented:
-        return jax.tree.map(lambda a: a[index], stacked).materialize()
-    rows = factor.take(index)
-    return factor.materialize()[index] if rows is NotImplemented else rows
-
-
 def factor_specs(factor: Any, spec: Sequence[Any], sizes: dict[Any, int]) -> Any:
     """Specs of a factor's components, from one entry for each of its axes."""
     if isinstance(factor, Leaf):
