@@ -20,15 +20,16 @@ from jaxcompress.leaf import (
     Reshape,
     Transpose,
     component,
-    dense_dot_general,
     dequantize,
     leaf_type,
     static,
 )
 from jaxcompress.lowrank._factors import (
-    FactorLeaf,
+    CompositeLeaf,
+    Way,
     contract,
     factor_specs,
+    multiply,
     narrowed,
     product,
     wide,
@@ -37,7 +38,7 @@ from jaxcompress.lowrank._sides import Sides, reshaped, transposed
 
 
 @leaf_type
-class LowRankArray(FactorLeaf):
+class LowRankArray(CompositeLeaf):
     r"""A weight as the product of two thin factors, with gates between them or not.
 
     .. math:: W_{i,o} = \sum_r L_{i,r}\, c_r\, R_{r,o}
@@ -93,16 +94,16 @@ class LowRankArray(FactorLeaf):
         """``"rank 16"``, and the method of the factors."""
         return f"rank {self.rank}{' gated' * (self.gate is not None)}{self.kind}"
 
-    def factors(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[Any, ...]:
         """Left and right."""
         return self.left, self.right
 
-    def with_factors(self, factors: Sequence[Any]) -> LowRankArray:
+    def with_parts(self, parts: Sequence[Any]) -> LowRankArray:
         """Others."""
-        left, right = factors
+        left, right = parts
         return self.replace(left=left, right=right)
 
-    def factor_axes(self) -> tuple[Axes, ...]:
+    def part_axes(self) -> tuple[Axes, ...]:
         """The side that enters is contracted, and then the rank."""
         n, m = len(self.left_axes), len(self.right_axes)
         if self.left_enters:
@@ -129,7 +130,7 @@ class LowRankArray(FactorLeaf):
         """Where stacks stay in front and no axis of one side meets one of the other."""
         match op:
             case Cast():
-                return self.cast(op)
+                return super().relayout(op)
             case Transpose():
                 found = transposed(self.sides, op)
             case Reshape():
@@ -159,58 +160,36 @@ class LowRankArray(FactorLeaf):
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
         """Two thin matmuls, where a whole side is contracted and stacks are batched."""
-        contracts, batches = dimension_numbers
-        i, j = (0, 1) if leaf_is_lhs else (1, 0)
-        pairs = dict(zip(contracts[i], contracts[j], strict=True))
-        sides = [tuple(a + self.ndim for a in s) for s in self._axes]
-        whole = [set(side) == set(pairs) for side in sides]
-        if not any(whole) or set(batches[i]) != set(range(self.stack)):
-            return dense_dot_general(
-                self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-            )
-        entered = tuple(pairs[a] for a in sides[whole.index(True)])
-        batch = tuple(batches[j]), tuple(batches[i])
-        free = x.ndim - len(entered) - len(batch[0])
-        ran = self._thin(x, entered, batch, whole.index(True), params)
-        if not leaf_is_lhs:
-            return ran
-        n = len(batch[0])
-        order = (*range(n), *range(n + free, ran.out.ndim), *range(n, n + free))
-        return Ran(jnp.transpose(ran.out, order), ran.how)
+        ways = [
+            Way(self._axes[side], ((first, axes), (second, (rank,))))
+            for side in (0, 1)
+            for (first, axes), (second, rank) in [self._ends(side)]
+        ]
+        return multiply(
+            self,
+            x,
+            dimension_numbers,
+            leaf_is_lhs=leaf_is_lhs,
+            stack=self.stack,
+            ways=ways,
+            between=self._gated,
+            **params,
+        )
 
     @property
     def _axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.left_axes, self.right_axes
 
-    def _ends(self, side: int) -> tuple[tuple[Any, list[int]], tuple[Any, int]]:
+    def _ends(self, side: int) -> tuple[tuple[Any, tuple[int, ...]], tuple[Any, int]]:
         """The factor of a side with its axes, and the other with the rank's."""
         stack = self.stack
         if side == 0:
-            axes = [stack + i for i in range(len(self.left_axes))]
+            axes = tuple(range(stack, stack + len(self.left_axes)))
             return (self.left, axes), (self.right, stack)
-        axes = [stack + 1 + i for i in range(len(self.right_axes))]
+        axes = tuple(range(stack + 1, stack + 1 + len(self.right_axes)))
         return (self.right, axes), (self.left, self.left.ndim - 1)
 
-    def _thin(
-        self,
-        x: jax.Array,
-        entered: Sequence[int],
-        batch: tuple[tuple[int, ...], tuple[int, ...]],
-        side: int,
-        params: dict[str, Any],
-    ) -> Ran:
-        """``[*batch, *free, *other side]``, the rank in float32 between."""
-        (first, axes), (second, rank) = self._ends(side)
-        inner = {k: v for k, v in params.items() if k != "out_sharding"}
-        inner["preferred_element_type"] = jnp.float32
-        y = contract(x, first, ((tuple(entered), tuple(axes)), batch), **inner)
-        lead = tuple(range(len(batch[0])))
-        hidden = self._gated(y.out, batch[1])
-        numbers = ((hidden.ndim - 1,), (rank,)), (lead, batch[1])
-        z = contract(narrowed(hidden, x.dtype), second, numbers, **params)
-        return Ran(z.out, f"rank {self.rank}: {y.how}, {z.how}")
-
-    def _gated(self, y: jax.Array, stacks: Sequence[int]) -> jax.Array:
+    def _gated(self, y: jax.Array, stacks: tuple[int, ...]) -> jax.Array:
         """``[*batch, ..., r]`` times the gates, whose stack axes are the batch's."""
         if self.gate is None:
             return y
