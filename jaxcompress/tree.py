@@ -224,18 +224,18 @@ def merge(trainable: Any, rest: Any) -> Any:
 
 def trainable_mask(tree: Any) -> Any:
     """True at each trainable array: floating, and not in a frozen component."""
-    return _by_role(tree, lambda x, role: role != FROZEN and _is_float(x))
+    return _by_role(tree, lambda x, role, rank: role != FROZEN and _is_float(x))
 
 
 def weight_decay_mask(tree: Any) -> Any:
     """True at each array that weight decay should act on, for `optax.masked`.
 
-    Components of role ``"weight"`` and plain arrays of rank two or more: a learned
-    step, a gate, a codebook, a bias or a normalization scale is not decayed.
+    Plain arrays of rank two or more, and components of role ``"weight"`` of leaves that
+    stand for such: a learned step, a gate, a codebook, a bias or a normalization scale
+    is not decayed.
     """
     return _by_role(
-        tree,
-        lambda x, role: role == WEIGHT and _is_float(x) and np.ndim(x) > 1,
+        tree, lambda x, role, rank: role == WEIGHT and _is_float(x) and rank > 1
     )
 
 
@@ -243,12 +243,20 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
-def _by_role(tree: Any, f: Callable[[Any, str], bool], role: str = WEIGHT) -> Any:
+def _by_role(
+    tree: Any,
+    f: Callable[[Any, str, int], bool],
+    role: str = WEIGHT,
+    rank: int | None = None,
+) -> Any:
+    """`f` of every array, its role and the rank of the array or outermost leaf."""
+
     def mark(x: Any) -> Any:
+        whole = np.ndim(x) if rank is None else rank
         if not isinstance(x, Leaf):
-            return f(x, role)
+            return f(x, role, whole)
         inner = {
-            name: _by_role(value, f, FROZEN if role == FROZEN else own)
+            name: _by_role(value, f, FROZEN if role == FROZEN else own, whole)
             for name, (value, own) in x.components().items()
         }
         return x.replace(**inner)

@@ -21,6 +21,7 @@ from jaxcompress.leaf import (
     Cast,
     LayoutOp,
     Leaf,
+    OrderError,
     Ran,
     Reshape,
     Transpose,
@@ -132,18 +133,32 @@ class HashedArray(Leaf):
         return buckets if self.scale is None else buckets * self.scale[..., None]
 
     def values(self) -> tuple[Any, ...]:
-        """The buckets."""
+        """The buckets, unless several weights share them."""
         buckets = self.buckets
+        if self.scale is not None:
+            return ()
         return buckets.values() if isinstance(buckets, Leaf) else (buckets,)
 
     def value_axes(self) -> tuple[Any, ...]:
         """Buckets are the inputs of one output; stacks stay."""
+        if self.scale is not None:
+            return ()
         axes = Axes(contract=(-1,), stack=len(self._stack))
         whole = tuple(self.buckets.shape)
         return tuple(axes if v.shape == whole else None for v in self.values())
 
     def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
-        """Act on the buckets."""
+        """Act on the buckets.
+
+        Raises:
+          OrderError: If several weights share them: each would be changed by itself.
+        """
+        if self.scale is not None:
+            raise OrderError(
+                f"{self.method}: several weights share the buckets, on which a later "
+                "transform cannot act once; give it to the sharing one: "
+                "hashing.shared(rule=...)."
+            )
         return self.replace(buckets=map_value(f, self.buckets))
 
     def relayout(self, op: LayoutOp) -> Leaf:

@@ -14,6 +14,7 @@ from kernels_pallas.hashed_matmul.sums import exact_sums
 from kernels_pallas.target import Target, current_target
 
 
+@functools.partial(jax.jit, static_argnames=("hashing", "target"))
 def look_up(
     buckets: jax.Array,
     rows: jax.Array,
