@@ -23,6 +23,7 @@ from jaxcompress.leaf import (
     Cast,
     LayoutOp,
     Leaf,
+    OrderError,
     Ran,
     component,
     dense_dot_general,
@@ -183,8 +184,13 @@ class CodebookArray(CodedLeaf):
         return books.values() if isinstance(books, Leaf) else (books,)
 
     def map_values(self, f: Callable[[jax.Array], jax.Array | Leaf]) -> Leaf:
-        """Act on the codebooks; every code keeps its entry."""
-        return self.replace(codebooks=map_value(f, self.codebooks))
+        """Act on the codebooks; every code keeps its entry.
+
+        Raises:
+          OrderError: If `f` is for the weights themselves: a mask, quantized
+            activations.
+        """
+        return self.replace(codebooks=entries_after(f, self.codebooks))
 
     def value_axes(self) -> tuple[Any, ...]:
         """Entries along an axis -2, every codebook for itself."""
@@ -303,6 +309,29 @@ class CodebookArray(CodedLeaf):
                 f"{self.method}: axis {axis} of size {size} cannot be cut in {parts} "
                 f"parts inside words or runs of sub-vectors; it can be cut in {able}."
             )
+
+
+def entries_after(f: Callable[[jax.Array], jax.Array | Leaf], books: Any) -> Any:
+    """Codebooks after `f`; they stay tables of values that weights share.
+
+    Raises:
+      OrderError: If `f` cannot act on them, or makes something else.
+    """
+    shape = tuple(books.shape)
+    try:
+        found = map_value(f, books)
+        dense = found.materialize if isinstance(found, Leaf) else lambda: found
+        same = jax.eval_shape(dense).shape == shape
+    except (TypeError, ValueError, AssertionError) as error:
+        raise OrderError(
+            f"it cannot act on values that weights share, of shape {shape}: {error}"
+        ) from error
+    if not same or (isinstance(found, Leaf) and found.has_own_matmul):
+        raise OrderError(
+            f"it acts on weights or activations, not on {math.prod(shape)} values that "
+            "weights share; chain it before the codebook."
+        )
+    return found
 
 
 def _parts(entry: Any, sizes: dict[Any, int]) -> int:

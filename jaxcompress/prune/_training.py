@@ -61,8 +61,8 @@ def masked_training(
       by: Name of the transform, for errors.
       axes: Contracting axes of the weights, where they are stated.
       backward: Which weights get a gradient; those kept, if it is not given.
-      hold: Whether what is masked is zero in the params too, not in the view alone. A
-        weight that comes back then starts at zero.
+      hold: Whether what is masked is zero in the params too, not in the view alone, for
+        what follows in a chain. A weight that comes back then starts at zero.
     """
 
     def role(w: Any, site: Site) -> Axes:
@@ -74,7 +74,12 @@ def masked_training(
 
     def init(params: Any) -> tuple[Any, PruneState]:
         check_weights(params, who=by)
-        return params, first(params, for_values(role, params))
+        state = first(params, for_values(role, params))
+
+        def held(w: jax.Array, site: Site) -> jax.Array:
+            return jnp.where(mask(state, site), w, jnp.zeros_like(w))
+
+        return map_values(held, params, by=by) if hold else params, state
 
     def view(params: Any, state: PruneState) -> Any:
         def apply(w: jax.Array, site: Site) -> MaskedArray:
