@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options = parser.parse_args()
     name = "mnist_validation" if options.validate else "mnist"
@@ -221,7 +222,12 @@ def main() -> None:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
     big, small = Net(TEACHER), Net(STUDENT)
-    teacher = fit(big, images, TEACHER_EPOCHS, 0, labels_only, regularized=True)
+    if options.teacher and options.teacher.exists():
+        teacher = jc.io.load(options.teacher)
+    else:
+        teacher = fit(big, images, TEACHER_EPOCHS, 0, labels_only, regularized=True)
+        if options.teacher:
+            jc.io.save(options.teacher, teacher)
     if ("teacher", "plain") not in report:
         report.add(
             "teacher", "plain", "", wrong(predictions(big, teacher, test), test.y)

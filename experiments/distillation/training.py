@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+import jaxcompress as jc
 from experiments.post_training.report import Report
 
 SEEDS = (0, 1, 2)
@@ -43,22 +44,30 @@ def train(
     *,
     steps: int,
     aux: Any = None,
+    scheme: jc.Transform | None = None,
 ) -> tuple[Any, Any]:
-    """Params after training, and what the loss carries on from batch to batch.
+    """Params after training, stored, and what the loss carries from batch to batch.
 
     Args:
       params: What is trained.
-      loss: ``(params, aux, batch, step) -> (loss, aux)``.
+      loss: ``(params, aux, batch, step) -> (loss, aux)``, of the scheme's view.
       batches: At least `steps` pytrees of arrays, alike in shape.
       tx: The optimizer.
       steps: How many batches.
       aux: What is not trained: batch statistics, memories.
+      scheme: How params are compressed while they are trained.
     """
+
+    scheme = jc.identity() if scheme is None else scheme
+    params, _ = scheme.init(params)
+    tx = jc.optim.attach(tx, scheme)
 
     @jax.jit
     def step(params: Any, aux: Any, opt: Any, batch: Any, i: jax.Array) -> Any:
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (value, aux), grads = grad(params, aux, batch, i)
+        def viewed(params: Any) -> tuple[jax.Array, Any]:
+            return loss(scheme.view(params, jc.optim.state(opt)), aux, batch, i)
+
+        (value, aux), grads = jax.value_and_grad(viewed, has_aux=True)(params)
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), aux, opt, value
 
@@ -69,7 +78,7 @@ def train(
         if (i + 1) % max(1, steps // 4) == 0:
             recent = float(np.mean([float(v) for v in losses[-50:]]))
             print(f"  step {i + 1} of {steps}: loss {recent:.4f}", flush=True)
-    return params, aux
+    return scheme.compress(params, jc.optim.state(opt)), aux
 
 
 def add_means(report: Report, model: str, methods: Iterable[str]) -> None:
