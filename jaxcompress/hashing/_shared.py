@@ -96,6 +96,8 @@ def shared(
 
     def run(f: Callable[[Any, Any], Any], params: Any, state: Any) -> Any:
         flat, structure = flatten(params)
+        if _is_view(flat):
+            return params
         buckets = f({"buckets": _owner(flat).buckets}, state)["buckets"]
         return unflatten(structure, {p: _given(x, buckets) for p, x in flat.items()})
 
@@ -134,6 +136,17 @@ def _owning(flat: dict[str, Any], buckets: Any) -> dict[str, Any]:
     """The leaves, the first of them with these buckets."""
     path, x = next(iter(flat.items()))
     return flat | {path: _with(x, _plain(x).replace(buckets=buckets))}
+
+
+def _is_view(flat: dict[str, Any]) -> bool:
+    """Whether every leaf has its buckets: the same transform has been here."""
+    leaves = [_plain(x) for x in flat.values()]
+    if len(leaves) == 1 and not leaves[0].scale.shape:
+        return False
+    return all(
+        leaf.buckets is not None and (leaf.first is not None or not leaf.scale.shape)
+        for leaf in leaves
+    )
 
 
 def _given(x: Any, buckets: Any) -> Any:
