@@ -24,6 +24,8 @@ class Case:
     """Trains beside a frozen weight: zeros hold at the start, a mask cannot precede."""
     once: bool = False
     """Cannot follow itself."""
+    sealed: bool = False
+    """Nothing but the identity may follow it."""
     structure: bool = False
     """Puts other values in place of a weight: the identity alone may precede it."""
     tolerance: float = 0.0
@@ -96,6 +98,7 @@ PRESETS = tuple(
 
 q = jc.quant
 FACTORS: Any = {"keeps_zeros": False, "structure": True, "tolerance": 1e-5}
+ENTRIES: Any = {"keeps_zeros": False, "structure": True}
 CASES = (
     Case(jc.identity),
     *(Case(f) for f in (q.int2, q.int3, q.int4, q.int5, q.int6, q.int7, q.int8)),
@@ -158,13 +161,9 @@ CASES = (
     Case(jc.prune.sr_ste),
     Case(iterative),
     Case(jc.lowrank.svd, {"rank": 32}, **FACTORS),
-    Case(jc.hashing.hashed, {"ratio": 8.0}, keeps_zeros=False, structure=True),
-    Case(
-        jc.hashing.hashed,
-        {"ratio": 8.0, "block": (8, 16), "seed": 3},
-        keeps_zeros=False,
-        structure=True,
-    ),
+    Case(jc.hashing.hashed, {"ratio": 8.0}, **ENTRIES),
+    Case(jc.hashing.hashed, {"ratio": 8.0, "block": (8, 16), "seed": 3}, **ENTRIES),
+    Case(jc.hashing.shared, {"ratio": 8.0}, sealed=True, **ENTRIES),
 )
 
 
