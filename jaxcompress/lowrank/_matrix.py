@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.layout import Axes, resolve_axes
-from jaxcompress.leaf import Leaf, OrderError
+from jaxcompress.leaf import OrderError
 from jaxcompress.lowrank._array import LowRankArray
 from jaxcompress.lowrank._rank import Rank, RankRule, Size, resolve_rank
-from jaxcompress.transform import Oriented, check_weight
+from jaxcompress.transform import check_weight
 
 AxesOption = Axes | int | tuple[int, ...] | None
 
@@ -22,7 +22,7 @@ class Matrix(NamedTuple):
     """The two sides of a weight; the left has its first axis that does not stack.
 
     Attributes:
-      roles: Roles of the weight's axes.
+      roles: Roles of the weight's axes, those contracted in ascending order.
       left: Axes of the rows, negative and ascending.
       right: Axes of the columns, likewise.
       shape: Logical shape of the weight.
@@ -46,6 +46,7 @@ class Matrix(NamedTuple):
         check_weight(w, path, who)
         roles = resolve_axes(w.shape, axes, who=who, path=path)
         contract = tuple(sorted(roles.contract))
+        roles = Axes(contract=contract, stack=roles.stack)
         core = range(roles.stack - w.ndim, 0)
         out = tuple(a for a in core if a not in contract)
         if not out:
@@ -112,14 +113,8 @@ class Matrix(NamedTuple):
         return resolve_rank(rank, self.size, values, path=path, who=who)
 
 
-def is_factored(x: Any, kind: type[Leaf]) -> bool:
-    """Whether ``init`` has been here: an optimizer's `attach` calls it again."""
-    return isinstance(x.value if isinstance(x, Oriented) else x, kind)
-
-
-def check_factored(x: Any, rank: Rank, *, path: str, who: str) -> None:
+def check_factored(leaf: LowRankArray, rank: Rank, *, path: str, who: str) -> None:
     """Refuse a rank below the one that a weight has been given already."""
-    leaf = x.value if isinstance(x, Oriented) else x
     if isinstance(rank, RankRule) and rank.looks:
         return
     matrix = Matrix.of(

@@ -13,18 +13,15 @@ from jaxcompress.lowrank._matrix import (
     AxesOption,
     Matrix,
     check_factored,
-    is_factored,
 )
 from jaxcompress.lowrank._rank import Rank, check_rank
+from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.transform import (
     Site,
     Transform,
-    check_weights,
     identity,
     leaf_key,
-    map_values,
 )
-from jaxcompress.tree import flatten, unflatten
 
 
 def svd(
@@ -81,16 +78,14 @@ def svd(
         draw = None if key is None else leaf_key(key, site)
         return svd_weight(w, rank, key=draw, axes=stated, path=site.path, who=by)
 
+    def ready(x: Any, path: str) -> bool:
+        if not isinstance(x, LowRankArray):
+            return False
+        check_factored(x, rank, path=path, who=by)
+        return True
+
     def init(params: Any) -> tuple[Any, tuple[()]]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {}
-        for path, x in flat.items():
-            if is_factored(x, LowRankArray):
-                check_factored(x, rank, path=path, who=by)
-            else:
-                fresh[path] = x
-        return unflatten(structure, flat | map_values(factored, fresh, by=by)), ()
+        return replace_weights(factored, params, ready=ready, by=by), ()
 
     return identity()._replace(init=init)
 
