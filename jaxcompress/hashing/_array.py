@@ -56,7 +56,7 @@ class HashedArray(Leaf):
       buckets: ``float[*stack, B]``, or a leaf of that shape.
       scale: ``float32[*stack]``, or None: one. Of buckets that several weights share.
       first: ``int32[*stack]``, the row of the hash at which each weight of the stack
-        begins, or None: zero.
+        begins, in whole blocks, or None: zero.
       hashing: Which bucket a weight is.
       layout: How the axes lie in storage.
       sizes: Of the output axes in storage order, and of all inputs.
@@ -192,12 +192,16 @@ class HashedArray(Leaf):
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
-        """By the kernel that computes hashes; no dense weight is kept for gradients."""
+        """By the kernel that computes hashes; no dense weight is kept for gradients.
+
+        Not of a whole stack whose layers hash apart; of a layer of it.
+        """
         site = Site.of(self, x, dimension_numbers, leaf_is_lhs)
         stacks = tuple(range(len(self._stack)))
         floats = jnp.issubdtype(x.dtype, jnp.floating)
         batched = site is not None and tuple(s for _, s in site.batch) == stacks
-        if site is None or not batched or not floats or self.first is not None:
+        apart = stacks and self.first is not None
+        if site is None or not batched or not floats or apart:
             return dense_dot_general(
                 self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )
@@ -206,7 +210,8 @@ class HashedArray(Leaf):
         dtype = params.get("preferred_element_type")
         dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
         n, table = math.prod(out), self._table()
-        y = hashed_matmul(rows, table, self.hashing, n=n).astype(dtype)
+        origin = (0 if self.first is None else self.first, 0)
+        y = hashed_matmul(rows, table, self.hashing, n=n, origin=origin).astype(dtype)
         m = math.prod(rows.shape[len(stacks) : -1])
         choice = choose(
             *(m, n, self.sizes[-1], table.shape[-1], self.hashing),

@@ -58,8 +58,9 @@ def shared(
       A transform. Its params hold the buckets once, in the leaf of the first weight,
       and a trained scale for every weight (for every layer of a stack, whose layers
       hash apart). Leaves of the view and of the stored form refer to the same buckets,
-      which `stored_bytes` counts for each of them; a stack repeats them for every
-      layer, as a scan needs.
+      which `stored_bytes` and files count for each of them; a stack repeats them for
+      every layer, as a scan needs. For a file that holds them once, save the params,
+      and take the view after loading.
 
     Raises:
       ValueError: As for `hashed`.
@@ -156,9 +157,14 @@ def _given(x: Any, buckets: Any) -> Any:
     if not stack:
         return _with(x, leaf.replace(buckets=buckets))
     spread = lambda a: jnp.broadcast_to(a, (*stack, *a.shape))
-    layers = np.arange(math.prod(stack), dtype=np.int32).reshape(stack)
-    first = jnp.asarray(layers * math.prod(leaf.sizes[:-1]))
+    first = jnp.asarray(_first_rows(leaf, math.prod(stack)).reshape(stack))
     return _with(x, leaf.replace(buckets=jax.tree.map(spread, buckets), first=first))
+
+
+def _first_rows(leaf: HashedArray, layers: int) -> np.ndarray:
+    """Row of the hash at which each layer begins, all of them at whole blocks."""
+    n, bn = math.prod(leaf.sizes[:-1]), leaf.hashing.block[0]
+    return np.arange(layers, dtype=np.int32) * np.int32(-(-n // bn) * bn)
 
 
 def _check(flat: dict[str, Any], hashing: Hashing, who: str) -> None:
@@ -226,7 +232,9 @@ def _fitted(
     for path, w in weights.items():
         leaf = leaves[path]
         w = leaf.layout.to_storage(w).astype(jnp.float32).reshape(-1, leaf.sizes[-1])
-        rows = jnp.arange(len(w), dtype=jnp.int32)[:, None]
+        layers = len(w) // math.prod(leaf.sizes[:-1])
+        within = np.arange(len(w) // layers, dtype=np.int32)
+        rows = jnp.asarray(_first_rows(leaf, layers)[:, None] + within).reshape(-1, 1)
         columns = jnp.arange(w.shape[-1], dtype=jnp.int32)[None]
         at, negative = places(rows, columns, leaf.hashing, buckets=count)
         found.append((jnp.where(negative, -w, w).reshape(-1), at.reshape(-1)))

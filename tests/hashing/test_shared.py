@@ -69,6 +69,23 @@ def test_layers_of_a_stack_differ_and_can_be_scanned() -> None:
     np.testing.assert_allclose(y, x, atol=1e-5)
 
 
+def test_layers_begin_at_whole_blocks() -> None:
+    """As a kernel that makes whole blocks needs."""
+    transform = jc.select({"*": h.shared(ratio=4.0, block=(3, 2))}, axes=AXES)
+    w = {"layers": draw(2, 2, 8, 8)}
+    view = transform.view(*transform.init(w))["layers"]
+    assert view.first.tolist() == [0, 9]
+    again = transform.view(*transform.init({"layers": view.materialize()}))["layers"]
+    np.testing.assert_array_equal(again.buckets, view.buckets)
+    layer = jax.tree.map(lambda a: a[1], view)
+    at, sign = places(view.hashing, 32, 8, 8, row=9)
+    wanted = (sign * np.float32(layer.buckets)[at]).T
+    x = draw(5, 3, 8)
+    dense, y = run(lambda w, x: (w.materialize(), jc.lift(jnp.matmul)(x, w)), layer, x)
+    np.testing.assert_array_equal(dense, wanted)
+    np.testing.assert_allclose(y, x @ wanted, atol=1e-5)
+
+
 def test_drawn_weights_keep_their_own_variance() -> None:
     w = {"a": 0.1 * draw(0, 64, 64), "b": 2 * draw(1, 64, 64)}
     transform = h.shared(ratio=8.0, key=KEY)
