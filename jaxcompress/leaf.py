@@ -171,6 +171,13 @@ class Leaf(abc.ABC):
         """The form that files hold: itself, but for what one device alone reads."""
         return self
 
+    def packed_codes(self) -> dict[str, int]:
+        """Components that are codes packed along the last axis: the bits of each.
+
+        Files may store them in fewer bytes (`io.save` with ``entropy=``).
+        """
+        return {}
+
     def values(self) -> tuple[Any, ...]:
         """The float arrays (or leaves) that a later transform in a chain may act on."""
         return ()

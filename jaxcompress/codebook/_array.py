@@ -142,6 +142,10 @@ class CodebookArray(CodedLeaf):
         """``uint8[*stack, *out, K]`` codes of single weights, in storage order."""
         return self.codes()[..., 0, :]
 
+    def packed_codes(self) -> dict[str, int]:
+        """The codes."""
+        return {"words": self.bits if self.packed else 8}
+
     def with_elements(self, codes: jax.Array) -> CodebookArray:
         """The leaf with other codes ``uint8[*stack, *out, K]``, unpacked."""
         return self.replace(words=codes[..., None, :], packed=False, pad=0)

@@ -1,5 +1,6 @@
 """Files: safe, atomic, checked."""
 
+from . import entropy as entropy
 from ._errors import FileError as FileError
 from ._load import Verified as Verified
 from ._load import load as load

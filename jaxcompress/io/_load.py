@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.io import _compact
 from jaxcompress.io._container import Arrays, unpack
 from jaxcompress.io._errors import FileError
 from jaxcompress.io._manifest import (
@@ -128,7 +129,10 @@ def _read(path: Path) -> tuple[Manifest, Arrays]:
         for name in track(shard_names(manifest, path), f"loading {path.name}"):
             stored |= unpack(path / name, _bytes(path / name))[0]
     else:
-        stored, metadata = unpack(path, path.read_bytes())
+        data = path.read_bytes()
+        if data.startswith(_compact.MAGIC):
+            return _compact.unpack(path, data)
+        stored, metadata = unpack(path, data)
         if FORMAT not in metadata:
             raise FileError(
                 f"{path}: a safetensors file, but without a jaxcompress manifest; it "

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxcompress.io import _compact
 from jaxcompress.io._container import Arrays, pack, packed_bytes
 from jaxcompress.io._errors import FileError
 from jaxcompress.io._manifest import (
@@ -21,7 +22,8 @@ from jaxcompress.io._manifest import (
     shard_names,
     unseal,
 )
-from jaxcompress.io._tree import encode
+from jaxcompress.io._tree import encode, encode_static
+from jaxcompress.io.entropy import CODERS, Coder
 from jaxcompress.leaf import nbytes
 from jaxcompress.progress import track
 
@@ -38,6 +40,7 @@ def save(
     metadata: dict[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 2**30,
+    entropy: Coder | None = None,
 ) -> None:
     """Write a parameter pytree, compressed leaves included.
 
@@ -54,11 +57,15 @@ def save(
       metadata: Free text entries.
       overwrite: Replace an existing file.
       max_shard_bytes: Largest single file; an array above it has a file of its own.
+      entropy: Write a single file of the fewest bytes: packed codes and positions of
+        non-zeros by ``"rans"`` or ``"huffman"`` (`io.entropy`), decoded by `load` to
+        the same bits. Other programs cannot read its arrays.
 
     Raises:
       FileExistsError: If `path` exists and `overwrite` is false; if it is a folder
         that holds no model, or a file where a directory is needed.
       TypeError: If the tree holds what files cannot; nothing is written.
+      ValueError: If `entropy` is not known.
       OSError: If the disk is full or not writable; an older file survives.
 
     Examples:
@@ -75,6 +82,16 @@ def save(
             f"io.save: {path} exists; pass overwrite=True to replace it."
         )
     structure, arrays = encode(tree)
+    if entropy is not None:
+        if path.is_dir():
+            raise FileExistsError(
+                f"io.save: {path} is a folder, but entropy= writes a single file; "
+                "choose another name."
+            )
+        data = _packed(structure, arrays, recipe, metadata, entropy)
+        with _atomic(path) as temporary:
+            _write(temporary, data)
+        return
     manifest = describe(structure, arrays, recipe, metadata)
     as_file = sum(map(nbytes, arrays.values())) <= max_shard_bytes
     _check_kind(path, as_file)
@@ -89,12 +106,32 @@ def save(
             _write_directory(temporary, manifest, arrays, max_shard_bytes)
 
 
-def file_bytes(tree: Any) -> int:
+def _packed(
+    structure: Any,
+    arrays: Arrays,
+    recipe: Any,
+    metadata: dict[str, str] | None,
+    coder: Coder,
+) -> bytes:
+    """The bytes of a file with entropy coded codes."""
+    if coder not in CODERS:
+        raise ValueError(f"io.save: entropy must be in {CODERS}; got {coder!r}.")
+    settings = {
+        "recipe": encode_static(recipe, "recipe"),
+        "metadata": dict(metadata or {}),
+    }
+    return _compact.pack(structure, arrays, settings, coder)
+
+
+def file_bytes(tree: Any, *, entropy: Coder | None = None) -> int:
     """Size of the single file that `save` would write, without writing it.
 
     Args:
-      tree: As for `save`; abstract arrays will do.
+      tree: As for `save`; abstract arrays will do, but for `entropy`.
+      entropy: As for `save`.
     """
+    if entropy is not None:
+        return len(_packed(*encode(tree), None, None, entropy))
     structure, arrays = encode(tree, abstract=True)
     manifest = describe(structure, arrays, None, None)
     for entry in manifest["arrays"].values():

@@ -121,6 +121,7 @@ def _encode_leaf(leaf: Leaf, path: str, arrays: Arrays) -> Any:
             "class with jaxcompress.leaf.leaf_type."
         )
     components, settings = {}, {}
+    packed = leaf.packed_codes()
     for f in dataclasses.fields(leaf):
         value = getattr(leaf, f.name)
         if "static" in f.metadata:
@@ -128,6 +129,8 @@ def _encode_leaf(leaf: Leaf, path: str, arrays: Arrays) -> Any:
         else:
             where = f"{path}/{f.name}" if path else f.name
             components[f.name] = _encode(value, where, arrays)
+            if "array" in components[f.name] and f.name in packed:
+                components[f.name]["bits"] = packed[f.name]
     return {
         "leaf": name,
         "components": components,

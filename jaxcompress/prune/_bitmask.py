@@ -80,6 +80,11 @@ class BitmaskArray(SparseLeaf):
         mask = self.layout.from_storage(kept)
         return MaskedArray(inner=join(dense, self), mask=mask)
 
+    def packed_codes(self) -> dict[str, int]:
+        """Positions, and the codes of a quantized weight."""
+        codes = {} if self.frame is None else {"elements": self.frame.bits}
+        return {"mask": 1, **codes}
+
     def stored_again(self, masked: MaskedArray) -> Leaf:
         """With the capacity it has, which is known also where the mask is traced."""
         return store(masked, self.layout, capacity=self.capacity)

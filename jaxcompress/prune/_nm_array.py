@@ -96,6 +96,11 @@ class NMArray(SparseLeaf):
         mask = self.layout.from_storage(flat(kept))
         return MaskedArray(inner=join(flat(dense), self), mask=mask)
 
+    def packed_codes(self) -> dict[str, int]:
+        """Places, and the codes of a quantized weight."""
+        codes = {} if self.frame is None else {"elements": self.frame.bits}
+        return {"places": place_bits(self.m), **codes}
+
     def stored_again(self, masked: MaskedArray) -> Leaf:
         """In the same pattern."""
         return store_nm(masked, self.layout, n=self.n, m=self.m)

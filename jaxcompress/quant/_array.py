@@ -138,6 +138,10 @@ class QuantizedArray(CodedLeaf):
             )
         return self.words
 
+    def packed_codes(self) -> dict[str, int]:
+        """The codes."""
+        return {"words": self.bits if self.packed else 8}
+
     def with_elements(self, codes: jax.Array) -> QuantizedArray:
         """The leaf with other codes ``uint8[*stack, *out, K]``, unpacked."""
         return self.replace(words=self.layout.from_storage(codes), packed=False, pad=0)
