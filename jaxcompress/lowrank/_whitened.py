@@ -136,7 +136,7 @@ def _moved(
     gram = mean_gram(stats, matrix.stack, k, who=who, path=path)
     gram = gram.reshape(*matrix.stack, k, k)
     mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / k
-    eye = jnp.eye(k, dtype=jnp.float32)
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=jnp.float32), gram.shape)
     seen = mean > 0
     h = jnp.where(seen, gram / jnp.where(seen, mean, 1.0), eye) + damping * eye
     values, vectors = jnp.linalg.eigh(h)
