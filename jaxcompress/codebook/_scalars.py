@@ -153,7 +153,8 @@ def _start(
     values: Values, entries: int, init: Init, key: jax.Array | None
 ) -> jax.Array:
     """Ascending starts ``float32[E]``."""
-    x, last = values.x, jnp.maximum(values.size - 1, 0)
+    x = jnp.where(values.size > 0, values.x, 0.0)
+    last = jnp.maximum(values.size - 1, 0)
     parts = (np.arange(entries, dtype=np.float32) + 0.5) / entries
     at = lambda fraction: x[(fraction * last.astype(jnp.float32)).astype(jnp.int32)]
     match init:

@@ -12,12 +12,17 @@ import numpy as np
 
 from jaxcompress.io._errors import FileError
 from jaxcompress.io.entropy._bytes import Reader, Writer, read_table, write_table
-from jaxcompress.io.entropy._columns import decode_columns, encode_columns
 from jaxcompress.io.entropy._gaps import from_gaps, to_gaps
 from jaxcompress.io.entropy._huffman import (
     code_lengths,
     decode_huffman,
     encode_huffman,
+)
+from jaxcompress.io.entropy._places import (
+    MOST_STEPS,
+    decode_places,
+    encode_places,
+    steps_of,
 )
 from jaxcompress.io.entropy._rans import decode_static, encode_static, frequencies
 
@@ -32,7 +37,8 @@ def encode(symbols: np.ndarray, *, coder: Coder = "rans") -> bytes:
     """Small integers in about as many bits as they are surprising.
 
     Bits (symbols of which none is above 1) may be positions of non-zeros: they are also
-    tried as gaps, and by ``"rans"`` each by the bits of its column (last axis) so far.
+    tried as gaps, and by ``"rans"`` each by what is known of its column (last axis),
+    its row and the bits before it.
 
     Args:
       symbols: ``uint8[...]``.
@@ -159,8 +165,8 @@ def _read_coded(source: Reader, count: int) -> np.ndarray:
 
 
 def _write_symbols(symbols: np.ndarray, coder: Coder) -> bytes | None:
-    if not symbols.size or (coder == "rans" and symbols.max() == 1):
-        return None  # Bits by columns are never longer.
+    if not symbols.size:
+        return None
     return _write_coded(symbols.reshape(-1), coder)
 
 
@@ -196,25 +202,30 @@ def _read_gaps(source: Reader, shape: tuple[int, ...]) -> np.ndarray:
     return from_gaps(_read_coded(source, count), width=width, count=size)
 
 
-def _write_columns(symbols: np.ndarray, coder: Coder) -> bytes | None:
-    if coder != "rans" or symbols.max(initial=0) != 1:
+def _write_places(symbols: np.ndarray, coder: Coder) -> bytes | None:
+    if coder != "rans" or symbols.max(initial=0) != 1 or not symbols.ndim:
+        return None
+    columns = symbols.shape[-1]
+    if steps_of(symbols.size // columns, columns) > MOST_STEPS:
         return None
     out = Writer()
     out.number(int(symbols.sum(dtype=np.int64)))
-    out.raw(encode_columns(symbols.reshape(-1, symbols.shape[-1])))
+    out.raw(encode_places(symbols.reshape(-1, columns)))
     return out.done()
 
 
-def _read_columns(source: Reader, shape: tuple[int, ...]) -> np.ndarray:
+def _read_places(source: Reader, shape: tuple[int, ...]) -> np.ndarray:
     ones, columns = source.number(), shape[-1]
     rows = math.prod(shape) // max(columns, 1)
-    return decode_columns(source.rest(), rows, columns, ones)
+    if steps_of(rows, columns) > MOST_STEPS:
+        raise FileError("entropy.decode: too many places; they are damaged.")
+    return decode_places(source.rest(), rows, columns, ones)
 
 
 FORMS = (
     Form(_write_plain, _read_plain),
     Form(_write_symbols, _read_symbols),
     Form(_write_gaps, _read_gaps),
-    Form(_write_columns, _read_columns),
+    Form(_write_places, _read_places),
 )
 """By number in the data: those of an older file keep theirs."""
