@@ -28,6 +28,8 @@ class Case:
     """Nothing but the identity may follow it."""
     structure: bool = False
     """Puts other values in place of a weight: the identity alone may precede it."""
+    shares: bool = False
+    """Weights share its values, on which number formats alone may follow."""
     tolerance: float = 0.0
     """Of the largest weight: between decompositions of what is one but for rounding."""
 
@@ -99,6 +101,10 @@ PRESETS = tuple(
 q = jc.quant
 FACTORS: Any = {"keeps_zeros": False, "structure": True, "tolerance": 1e-5}
 ENTRIES: Any = {"keeps_zeros": False, "structure": True}
+CLUSTERS: Any = {"bits": 3, "init": "kmeans++", "key": jax.random.key(10)}
+# A second fit finds other sums; tests/codebook bounds its squared error.
+SUMS: Any = {**ENTRIES, "shares": True, "tolerance": 0.4}
+VECTORS: Any = {"dims": 4, "bits": 6, "iterations": 4, "key": jax.random.key(9)}
 CASES = (
     Case(jc.identity),
     *(Case(f) for f in (q.int2, q.int3, q.int4, q.int5, q.int6, q.int7, q.int8)),
@@ -160,7 +166,43 @@ CASES = (
     Case(jc.prune.straight_through, {"sparsity": 0.6}),
     Case(jc.prune.sr_ste),
     Case(iterative),
+    Case(jc.codebook.kmeans, {"bits": 5}, keeps_zeros=False, shares=True),
+    Case(jc.codebook.kmeans, CLUSTERS | {"zero": True}, shares=True),
+    Case(jc.codebook.ema, {"bits": 4, "key": jax.random.key(12)}, keeps_zeros=False),
+    Case(jc.codebook.product, VECTORS, **ENTRIES, shares=True),
+    Case(jc.codebook.residual, VECTORS | {"stages": 2}, **SUMS),
+    Case(
+        jc.codebook.additive,
+        VECTORS | {"books": 2, "rounds": 1, "width": 1},
+        **SUMS,
+    ),
+    Case(jc.codebook.lattice, **ENTRIES, sealed=True, tolerance=0.3),
+    Case(
+        jc.codebook.soft_assignment,
+        VECTORS | {"sharpness": 5.0, "end": 0},
+        **ENTRIES,
+        sealed=True,
+    ),
     Case(jc.lowrank.svd, {"rank": 32}, **FACTORS),
+    Case(jc.lowrank.gated, {"rank": 32}, **FACTORS),
+    Case(
+        jc.lowrank.sparse_plus,
+        {"rank": 16, "sparsity": 0.9},
+        **FACTORS | {"tolerance": 1e-3},
+    ),
+    Case(
+        jc.lowrank.corrected,
+        {"rule": q.int8(), "rank": 8},
+        sealed=True,
+        **FACTORS | {"tolerance": 1e-2},
+    ),
+    Case(jc.lowrank.tucker, {"ranks": (32, 32)}, **FACTORS),
+    Case(jc.lowrank.cp, {"rank": 32, "steps": 5, "key": jax.random.key(10)}, **FACTORS),
+    Case(
+        jc.lowrank.tensor_train,
+        {"rows": (8, 16), "columns": (16, 8), "rank": 16},
+        **FACTORS,
+    ),
     Case(jc.hashing.hashed, {"ratio": 8.0}, **ENTRIES),
     Case(jc.hashing.hashed, {"ratio": 8.0, "block": (8, 16), "seed": 3}, **ENTRIES),
     Case(jc.hashing.shared, {"ratio": 8.0}, sealed=True, **ENTRIES),

@@ -155,7 +155,7 @@ def cp(
     Args:
       rank: Number of outer products. Static.
       key: Decides the normal columns.
-      steps: Rounds over all factors. Static.
+      steps: Rounds over all factors.
       axes: As for `tucker`. Static.
 
     Returns:
@@ -203,9 +203,9 @@ def cp(
     return identity()._replace(init=init)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "steps"))
+@functools.partial(jax.jit, static_argnames="rank")
 def alternate(
-    w: jax.Array, rank: int, key: jax.Array, steps: int
+    w: jax.Array, rank: int, key: jax.Array, steps: Any
 ) -> tuple[jax.Array, ...]:
     """Factors ``float32[n, rank]`` of each axis, of equal norms."""
     unfolded = [

@@ -43,7 +43,7 @@ def sparse_plus(
     Args:
       rank: As for `svd`.
       sparsity: Fraction of the sparse part that is zero, in [0, 1). Static.
-      steps: Turns. Static.
+      steps: Turns.
       axes: As for `svd`. Static.
 
     Returns:
@@ -99,8 +99,8 @@ def sparse_plus(
     return identity()._replace(init=init, compress=compress)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "sparsity", "steps"))
-def alternate(w: jax.Array, rank: int, sparsity: float, steps: int) -> Split:
+@functools.partial(jax.jit, static_argnames=("rank", "sparsity"))
+def alternate(w: jax.Array, rank: int, sparsity: float, steps: Any) -> Split:
     """Factors ``[*stack, m, r]`` and ``[*stack, r, n]``, and the mask of the rest."""
     *stack, m, n = w.shape
     count = pruned_count(sparsity, m * n)

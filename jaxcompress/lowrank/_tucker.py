@@ -169,7 +169,7 @@ def tucker(
     Args:
       ranks: Of inputs and outputs; or
       ratio: elements of the factors relative to the kernel's, both sides alike. Static.
-      steps: Turns of the iteration. Static.
+      steps: Turns of the iteration.
       axes: Contracting axes, or `Axes`; all but the last of each kernel, as of a
         convolution ``[*window, in, out]`` or a matrix. Static.
 
@@ -236,9 +236,9 @@ def _ranks_for(kernel: Kernel, ratio: float | None) -> tuple[int, int]:
     return max(1, min(i, int(s * i))), max(1, min(o, int(s * o)))
 
 
-@functools.partial(jax.jit, static_argnames=("p", "q", "steps"))
+@functools.partial(jax.jit, static_argnames=("p", "q"))
 def project(
-    w: jax.Array, p: int, q: int, steps: int
+    w: jax.Array, p: int, q: int, steps: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Inward ``[*stack, i, p]``, core ``[*stack, k, p, q]`` and outward.
 
@@ -246,7 +246,7 @@ def project(
       w: ``float32[*stack, k, i, o]``.
       p: Rank of the inputs. Static.
       q: Rank of the outputs. Static.
-      steps: Turns. Static.
+      steps: Turns.
     """
     einsum = functools.partial(jnp.einsum, precision="highest")
 
