@@ -21,8 +21,9 @@ def test_the_code_of_the_readme_runs(
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(block, scope)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert scope["grads"]["projector"]["linear"]["kernel"].shape == (512, 1024)
     assert scope["logits"].shape == (8, 10)
     assert (tmp_path / "model.jc").exists()
+    assert (tmp_path / "factored.jc").stat().st_size > 0
     assert "bitmask int4 g64" in str(scope["jc"].report.size(scope["packed"]))
