@@ -162,7 +162,7 @@ def _stacked(walker: Walker, eqn: Any, x: Any) -> Any:
     """A scanned weight in a form whose components all lead with the scanned axis."""
     if not isinstance(x, Tracked):
         return x
-    moved = x.leading(lambda a: a, axes=1, dims=x.dims)
+    moved = x.stacked(1)
     return walker.densify(eqn, [x])[0] if moved is NotImplemented else moved
 
 

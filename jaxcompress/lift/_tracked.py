@@ -108,6 +108,15 @@ class Tracked:
             value = f(value)
         return dataclasses.replace(self, value=value, dims=dims)
 
+    def stacked(self, axes: int) -> Tracked:
+        """With the first axes leading every component; or ``NotImplemented``."""
+        if not isinstance(self.value, Leaf):
+            return self
+        value = self.value.stacked(axes)
+        if value is NotImplemented:
+            return NotImplemented
+        return dataclasses.replace(self, value=value)
+
     def axes(self, contracted: Sequence[int], batch: Sequence[int] = ()) -> Axes | None:
         """Roles of the parameter's axes where these axes of the value are contracted.
 
