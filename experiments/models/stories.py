@@ -178,7 +178,7 @@ class Stories(nn.Module):
         return embed.attend(nn.RMSNorm(EPSILON, name="norm")(x)), cache
 
 
-def init_cache(batch: int, length: int = CONTEXT, sizes: Sizes = FULL) -> Cache:
+def init_cache(batch: int, length: int = CONTEXT, *, sizes: Sizes = FULL) -> Cache:
     """An empty cache for `length` tokens."""
     shape = (LAYERS, batch, length, sizes.kv_heads, HEAD)
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
