@@ -144,18 +144,24 @@ class CPArray(CompositeLeaf):
 
 
 def cp(
-    *, rank: int, key: jax.Array, steps: int = 100, axes: AxesOption = None
+    *,
+    rank: int,
+    key: jax.Array,
+    steps: int = 100,
+    starts: int = 4,
+    axes: AxesOption = None,
 ) -> Transform:
     r"""Replace each kernel by a sum of `rank` outer products, by alternating fits.
 
     Each factor in turn is the least-squares fit given the others. Factors start from
     the leading singular vectors of their axis, with normal columns where an axis has
-    too few.
+    too few, and again from normal columns alone; the best end is kept.
 
     Args:
       rank: Number of outer products. Static.
       key: Decides the normal columns.
       steps: Rounds over all factors.
+      starts: How often it starts; of a matrix once is enough. Static.
       axes: As for `tucker`. Static.
 
     Returns:
@@ -182,15 +188,17 @@ def cp(
     by = "lowrank.cp"
     if rank < 1:
         raise ValueError(f"{by}: rank must be positive; got {rank}.")
-    if steps < 1:
-        raise ValueError(f"{by}: steps must be positive; got {steps}.")
+    if steps < 1 or starts < 1:
+        raise ValueError(
+            f"{by}: steps and starts must be positive; got {steps} and {starts}."
+        )
 
     def factored(w: jax.Array, site: Site) -> CPArray:
         stated = site.axes if axes is None else axes
         kernel = Kernel.of(w, stated, path=site.path, who=by)
         core = (*kernel.window, kernel.inputs, kernel.outputs)
         draw = leaf_key(key, site)
-        fit = lambda a: alternate(a, rank, draw, steps)
+        fit = lambda a: best_fit(a, rank, draw, steps, starts)
         for _ in kernel.stack:
             fit = jax.vmap(fit)
         factors = fit(jnp.asarray(w).astype(jnp.float32).reshape(*kernel.stack, *core))
@@ -203,16 +211,34 @@ def cp(
     return identity()._replace(init=init)
 
 
-@functools.partial(jax.jit, static_argnames="rank")
-def alternate(
-    w: jax.Array, rank: int, key: jax.Array, steps: Any
+@functools.partial(jax.jit, static_argnames=("rank", "starts"))
+def best_fit(
+    w: jax.Array, rank: int, key: jax.Array, steps: Any, starts: int
 ) -> tuple[jax.Array, ...]:
     """Factors ``float32[n, rank]`` of each axis, of equal norms."""
     unfolded = [
         jnp.moveaxis(w, axis, 0).reshape(n, -1) for axis, n in enumerate(w.shape)
     ]
-    keys = jax.random.split(key, w.ndim)
-    start = tuple(_start(a, rank, k) for a, k in zip(unfolded, keys, strict=True))
+    starts = starts if w.ndim > 2 else 1
+
+    def attempt(number: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        keys = jax.random.split(jax.random.fold_in(key, number), w.ndim)
+        start = tuple(
+            _start(a, rank, k, number == 0) for a, k in zip(unfolded, keys, strict=True)
+        )
+        factors = _alternate(unfolded, start, steps)
+        found = product(factors[0], khatri_rao(factors[1:]).T)
+        return jnp.square(found - unfolded[0]).sum(), factors
+
+    errors, factors = jax.lax.map(attempt, jnp.arange(starts, dtype=jnp.int32))
+    return tuple(f[errors.argmin()] for f in factors)
+
+
+def _alternate(
+    unfolded: Sequence[jax.Array], start: tuple[jax.Array, ...], steps: Any
+) -> tuple[jax.Array, ...]:
+    """Factors after so many rounds, of equal norms."""
+    count, rank = len(unfolded), start[0].shape[-1]
 
     def fitted(axis: int, factors: tuple[jax.Array, ...]) -> jax.Array:
         others = [f for i, f in enumerate(factors) if i != axis]
@@ -223,16 +249,16 @@ def alternate(
         return jax.scipy.linalg.solve(safe, right.T, assume_a="pos").T
 
     def one_round(_: int, factors: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        for axis in range(w.ndim):
+        for axis in range(count):
             new = fitted(axis, factors)
-            if axis < w.ndim - 1:  # The last carries the sizes of all.
+            if axis < count - 1:  # The last carries the sizes of all.
                 new = new / _norms(new)
             factors = (*factors[:axis], new, *factors[axis + 1 :])
         return factors
 
     factors = jax.lax.fori_loop(0, steps, one_round, start)
     size = _norms(factors[-1], zero=0.0)
-    share = size ** (1.0 / w.ndim)
+    share = size ** (1.0 / count)
     last = factors[-1] / jnp.where(size > 0, size, 1.0)
     return tuple(f * share for f in (*factors[:-1], last))
 
@@ -246,12 +272,15 @@ def khatri_rao(factors: Sequence[jax.Array]) -> jax.Array:
     return result
 
 
-def _start(unfolded: jax.Array, rank: int, key: jax.Array) -> jax.Array:
-    """Leading vectors of an axis, then normal columns."""
+def _start(
+    unfolded: jax.Array, rank: int, key: jax.Array, first: jax.Array
+) -> jax.Array:
+    """Normal columns; at first the leading vectors of an axis before them."""
     n = unfolded.shape[0]
     vectors = jnp.linalg.eigh(product(unfolded, unfolded.T))[1][:, ::-1][:, :rank]
-    extra = jax.random.normal(key, (n, max(rank - n, 0)), jnp.float32)
-    return jnp.concatenate([vectors, extra / math.sqrt(n)], axis=1)
+    normal = jax.random.normal(key, (n, rank), jnp.float32) / math.sqrt(n)
+    led = jnp.concatenate([vectors, normal[:, vectors.shape[1] :]], axis=1)
+    return jnp.where(first, led, normal)
 
 
 def _norms(factor: jax.Array, zero: float = 1.0) -> jax.Array:

@@ -285,7 +285,17 @@ def decompose(
     for n, m in digits[:-1]:
         rest = rest.reshape(*stack, a * n * m, -1)
         b = min(rank, *rest.shape[-2:])
-        left, rest = truncated_svd(rest, b).balanced()
-        cores.append(left.reshape(*stack, a, n, m, b))
+        u, sizes, vt = truncated_svd(rest, b)
+        rest = sizes[..., :, None] * vt  # What is left to fit, in its true size.
+        cores.append(u.reshape(*stack, a, n, m, b))
         a = b
-    return [*cores, rest.reshape(*stack, a, *digits[-1], 1)]
+    return _even([*cores, rest.reshape(*stack, a, *digits[-1], 1)])
+
+
+def _even(cores: list[jax.Array]) -> list[jax.Array]:
+    """The same train by cores of equal norms."""
+    axes = (-4, -3, -2, -1)
+    norms = [jnp.sqrt(jnp.square(c).sum(axes, keepdims=True)) for c in cores]
+    safe = [jnp.where(n > 0, n, 1.0) for n in norms]
+    share = math.prod(safe) ** (1.0 / len(cores))
+    return [c * (share / n) for c, n in zip(cores, safe, strict=True)]
