@@ -176,7 +176,9 @@ def fit_vectors(
 
     keys = jax.random.split(key, n * blocks)
     data = (in_blocks(vectors), in_blocks(counts), keys)
-    found, books = _fit(data, laid.codes, search)
+    # What says nothing of the problem would compile it anew.
+    like = dataclasses.replace(laid.codes, blocks=1, scale=False, axes=None)
+    found, books = _fit(data, like, search)
     found = found.reshape(n, blocks, r, s // blocks, laid.codes.books)
     found = jnp.transpose(found, (0, 2, 4, 1, 3)).reshape(n, r, -1, s)
     return found, books.reshape(n, blocks, *books.shape[1:])

@@ -31,6 +31,8 @@ aqlm_weight = functools.partial(
     jc.codebook.aqlm_weight, key=KEY, iterations=4, width=2, steps=8
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def inputs(rows: int = 64) -> np.ndarray:
     """Correlated, of unlike size."""
@@ -173,7 +175,7 @@ def test_padding_and_stacks() -> None:
         assert error(stacked) < 0.8 * error(plain)
 
 
-def test_a_model_is_swept_in_the_order_it_runs(unoptimized: None) -> None:
+def test_a_model_is_swept_in_the_order_it_runs() -> None:
     params = {"a": weight(INPUTS, 8), "b": weight(8, 4)}
     fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     x = jnp.asarray(inputs())

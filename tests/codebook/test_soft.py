@@ -12,6 +12,8 @@ import pytest
 
 import jaxcompress as jc
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 soft = functools.partial(
     jc.codebook.soft_assignment,
     dims=2,
