@@ -30,6 +30,8 @@ class Case:
     """Puts other values in place of a weight: the identity alone may precede it."""
     shares: bool = False
     """Weights share its values, on which number formats alone may follow."""
+    masked: bool = False
+    """A structure with a mask in it, beside which no adapters train."""
     tolerance: float = 0.0
     """Of the largest weight: between decompositions of what is one but for rounding."""
 
@@ -39,9 +41,9 @@ class Case:
         return f"{self.fn.__name__}({options})"
 
     @property
-    def is_variant(self) -> bool:
-        """Differs from another row by a number only: its laws run in `make slow`."""
-        return self.fn.__name__ in VARIANTS
+    def is_slow(self) -> bool:
+        """Its laws run in `make slow`: a variant of another row, or long to compile."""
+        return self.fn.__name__ in VARIANTS + COSTLY
 
     def rule(self) -> Any:
         """A number format or transform."""
@@ -91,6 +93,12 @@ VARIANTS = (
     *("int5", "int6", "int7", "fp6_e2m3", "normal", "lloyd", "mxfp6"),
     *("W8A16", "W4A8", "MXFP4", "NVFP4"),
 )
+
+COSTLY = (
+    *("residual", "additive", "lattice", "soft_assignment", "ema"),
+    *("gated", "sparse_plus", "corrected", "tucker", "cp", "tensor_train", "shared"),
+)
+"""Their own tests hold them to what matters most; each takes half a minute of laws."""
 
 PRESETS = tuple(
     name
@@ -188,6 +196,7 @@ CASES = (
     Case(
         jc.lowrank.sparse_plus,
         {"rank": 16, "sparsity": 0.9},
+        masked=True,
         **FACTORS | {"tolerance": 1e-3},
     ),
     Case(

@@ -77,7 +77,8 @@ def test_a_later_transform_preserves_an_earlier_constraint(
             return True
         late = c.structure and first.fn is not jc.identity
         again = first.once and str(c) == str(first)
-        return not (fixes_values or late or again or (masks and c.adapts))
+        beside = c.adapts and (masks or first.masked)
+        return not (fixes_values or late or again or beside)
 
     on_values = lambda c: first.shares and hasattr(jc.quant, c.fn.__name__)
     # Whether a structure may be made of another is for each of them to say.
