@@ -21,7 +21,7 @@ AXES = {
     "bias": Axes(contract=(-1,)),
 }
 EVERY = [
-    pytest.param(case, marks=pytest.mark.slow if case.is_variant else (), id=str(case))
+    pytest.param(case, marks=pytest.mark.slow if case.is_slow else (), id=str(case))
     for case in CASES
 ]
 cases = pytest.mark.parametrize("case", EVERY)
@@ -31,7 +31,7 @@ def of_dtype(case: Case, dtype: Any) -> Any:
     """A case in a dtype; in bfloat16 only the first row of a function is not slow."""
     first = next(c for c in CASES if c.fn is case.fn)
     narrow = dtype == jnp.bfloat16
-    slow = case.is_variant or (narrow and case is not first)
+    slow = case.is_slow or (narrow and case is not first)
     marks = pytest.mark.slow if slow else ()
     return pytest.param(
         case, dtype, marks=marks, id=f"{case}-{'bf16' if narrow else 'f32'}"

@@ -24,7 +24,7 @@ from tests.laws.setting import (
 
 
 def test_every_public_method_is_a_case() -> None:
-    families = (jc.quant, jc.prune, jc.lowrank, jc.hashing)
+    families = (jc.quant, jc.prune, jc.hashing, jc.codebook, jc.lowrank)
     public = set().union(*map(methods, families)) | {"identity", *PRESETS}
     assert {case.fn.__name__ for case in CASES} == public
 
