@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from jaxcompress.codebook import _matmul
+from jaxcompress.codebook import _matmul, _sharding
 from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Axes, Layout
 from jaxcompress.leaf import (
@@ -274,45 +273,7 @@ class CodebookArray(CodedLeaf):
         self, spec: Sequence[Any], sizes: dict[Any, int]
     ) -> CodebookArray:
         """Codes and scales cut like the weight; whole words and runs only."""
-        full = self.layout.absorb_stack(len(self.shape) - len(self.layout.order))
-        out = [spec[a] for a in full.out]
-        major, *minor = (spec[a] for a in full.contract)
-        if any(m is not None for m in minor):
-            raise ValueError(
-                f"{self.method}: of the contracting axes {full.contract} only the "
-                f"first may be sharded; got {tuple(spec)}."
-            )
-        self._check_cut(full.contract[0], _parts(major, sizes))
-        blocks = self.codebooks.shape[-4]
-        entries = (*out[: self.own], major if blocks > 1 else None)
-        books: Any = PartitionSpec(*entries)
-        if isinstance(self.codebooks, Leaf):
-            books = self.codebooks.component_specs((*entries, None, None, None), sizes)
-        return self.replace(
-            words=PartitionSpec(*out, None, major),
-            codebooks=books,
-            scale=None if self.scale is None else PartitionSpec(*out),
-        )
-
-    def _check_cut(self, axis: int, parts: int) -> None:
-        if parts == 1:
-            return
-        size = self.shape[axis]
-        k = math.prod(self.shape[a] for a in self.layout.contract)
-        blocks, _, _, d = self.codebooks.shape[-4:]
-        whole = d * (packing.period(self.bits) if self.packed else 1)
-        able = [
-            n
-            for n in range(2, size + 1)
-            if size % n == 0
-            and (k // n) % whole == 0
-            and (blocks == 1 or blocks % n == 0)
-        ]
-        if parts not in able:
-            raise ValueError(
-                f"{self.method}: axis {axis} of size {size} cannot be cut in {parts} "
-                f"parts inside words or runs of sub-vectors; it can be cut in {able}."
-            )
+        return self.replace(**_sharding.component_specs(self, spec, sizes))
 
 
 def entries_after(f: Callable[[jax.Array], jax.Array | Leaf], books: Any) -> Any:
@@ -336,10 +297,3 @@ def entries_after(f: Callable[[jax.Array], jax.Array | Leaf], books: Any) -> Any
             "weights share; chain it before the codebook."
         )
     return found
-
-
-def _parts(entry: Any, sizes: dict[Any, int]) -> int:
-    if entry is None:
-        return 1
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(sizes[name] for name in names)

@@ -100,7 +100,12 @@ def kmeans(
 
     def find(w: jax.Array, key: jax.Array | None) -> jax.Array:
         return cluster_scalars(
-            w, entries=entries, init=init, iterations=iterations, key=key
+            w,
+            entries=entries,
+            init=init,
+            iterations=iterations,
+            key=key,
+            keep_zero=not zero,
         )
 
     def clustered(w: jax.Array, site: Site) -> ClusteredArray:

@@ -113,6 +113,7 @@ def cluster_scalars(
     init: Init,
     iterations: int,
     key: jax.Array | None = None,
+    keep_zero: bool = True,
 ) -> jax.Array:
     """k-means of the entries of an array that are not zero.
 
@@ -122,6 +123,8 @@ def cluster_scalars(
       init: Where they start. Static.
       iterations: Of Lloyd's algorithm, at most. Static.
       key: Decides random seeds.
+      keep_zero: Whether zero, if it is among fewer than E distinct values, is a
+        centroid too. Static.
 
     Returns:
       ``float32[E]`` ascending centroids; those to which no value is nearest repeat the
@@ -134,7 +137,9 @@ def cluster_scalars(
     found = _lloyd(values, start.astype(jnp.float32), iterations)
     found = jnp.where(all_distinct, distinct, found)
     found = found.astype(w.dtype).astype(jnp.float32)
-    return _used_first(values, found)
+    found, used = _used_first(values, found)
+    room = all_distinct & (used < entries) & (w == 0).any() & keep_zero
+    return jnp.sort(found.at[-1].set(jnp.where(room, 0.0, found[-1])))
 
 
 def _distinct(values: Values, entries: int) -> tuple[jax.Array, jax.Array]:
@@ -238,8 +243,8 @@ def _revived(
     return jnp.sort(jnp.where(moved, candidate, entries))
 
 
-def _used_first(values: Values, entries: jax.Array) -> jax.Array:
-    """Ascending entries to which a value is nearest; the others repeat the last."""
+def _used_first(values: Values, entries: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ascending entries to which a value is nearest, the last repeated; how many."""
     entries = jnp.sort(entries)
     ends = _ends(values, entries)
     kept = jnp.diff(ends, prepend=jnp.int32(0)) > 0
@@ -247,4 +252,4 @@ def _used_first(values: Values, entries: jax.Array) -> jax.Array:
     entries = jnp.sort(jnp.where(kept, entries, jnp.inf))
     entries = jnp.where(used > 0, entries, 0.0)
     last = entries[jnp.maximum(used - 1, 0)]
-    return jnp.where(jnp.isfinite(entries), entries, last)
+    return jnp.where(jnp.isfinite(entries), entries, last), used

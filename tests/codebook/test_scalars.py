@@ -133,6 +133,9 @@ def test_up_to_e_distinct_values_are_kept_to_the_bit() -> None:
     values = np.array([0.1, 0.2, 0.30000001, 77.7, -3.3e-5], np.float32)
     x = np.random.default_rng(6).choice(values, 400)
     assert find(x, "linear").tolist()[:5] == sorted(values.tolist())
+    with_zero = np.append(x, np.float32(0))
+    assert find(with_zero, "linear").tolist()[:6] == sorted([0.0, *values.tolist()])
+    assert find(with_zero, "linear", entries=5).tolist() == sorted(values.tolist())
 
 
 def test_sums_of_many_values_are_exact() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import jaxcompress as jc
-from tests.cases import CASES, Case
+from tests.cases import CASES, PRESETS, Case, methods
 from tests.laws.setting import (
     AXES,
     EVERY,
@@ -80,7 +80,8 @@ def test_a_later_transform_preserves_an_earlier_constraint(
         beside = c.adapts and (masks or first.masked)
         return not (fixes_values or late or again or beside)
 
-    on_values = lambda c: first.shares and hasattr(jc.quant, c.fn.__name__)
+    formats = {*methods(jc.quant), *PRESETS}
+    on_values = lambda c: first.shares and c.fn.__name__ in formats | {"calibrated"}
     # Whether a structure may be made of another is for each of them to say.
     nested = lambda c: first.structure and c.structure and str(c) not in same
     judged = [c for c in seconds if c.adapts or not (on_values(c) or nested(c))]
