@@ -158,6 +158,22 @@ class Layout:
         lead = tuple(range(-core - stack, -core))
         return dataclasses.replace(self, order=lead + self.order)
 
+    def stacked(self, ndim: int, rank: int) -> Layout:
+        """The same storage with the first `ndim` of `rank` logical axes as stacks.
+
+        Returns:
+          The new layout; this one if so many are; or ``NotImplemented`` where those
+          axes do not lead in storage.
+        """
+        stack = rank - len(self.order)
+        if stack >= ndim:
+            return self
+        full = self.absorb_stack(stack)
+        leading = full.order[:ndim] == tuple(range(-rank, ndim - rank))
+        if not leading or rank - ndim < full.contracting:
+            return NotImplemented
+        return dataclasses.replace(full, order=full.order[ndim:])
+
     def relayout(self, op: LayoutOp, shape: Sequence[int]) -> Layout:
         """Layout after a transpose or reshape of the logical array, storage unmoved.
 

@@ -252,6 +252,19 @@ class Leaf(abc.ABC):
             self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
         )
 
+    def ragged_dot_general(
+        self, x: jax.Array, group_sizes: jax.Array, numbers: Any, **params: Any
+    ) -> Ran:
+        """`jax.lax.ragged_dot_general` of ``x`` and this leaf.
+
+        Args:
+          x: Rows sorted by the matrix of the leaf (the expert) that is theirs.
+          group_sizes: How many rows each has.
+          numbers: `jax.lax.RaggedDotDimensionNumbers`.
+          **params: Others of the operation.
+        """
+        return dense_ragged_dot(self, x, group_sizes, numbers, **params)
+
     def conv_general_dilated(self, x: jax.Array, **params: Any) -> Ran:
         """`jax.lax.conv_general_dilated` of ``x`` and this leaf.
 
@@ -492,28 +505,33 @@ class StraightThrough(Leaf):
     ) -> Ran:
         """The stored form's own rule; gradients as of `materialize()`."""
         contracted = tuple(dimension_numbers[0][1 if leaf_is_lhs else 0])
+        options = {"leaf_is_lhs": leaf_is_lhs, **params}
 
-        @jax.custom_jvp
-        def run(view: StraightThrough, x: jax.Array) -> jax.Array:
-            return view.stored.dot_general(
-                x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-            ).out
+        def own(view: StraightThrough, x: jax.Array) -> Ran:
+            return view.stored.dot_general(x, dimension_numbers, **options)
 
-        @run.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
-            def reference(view: StraightThrough, x: jax.Array) -> jax.Array:
-                x = view.stored.prepare_activations(x, contracted)
-                return dense_dot_general(
-                    view, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-                ).out
-
-            return run(*primals), jax.jvp(reference, primals, tangents)[1]
+        def dense(view: StraightThrough, x: jax.Array) -> Ran:
+            x = view.stored.prepare_activations(x, contracted)
+            return dense_dot_general(view, x, dimension_numbers, **options)
 
         if not self.has_own_matmul:
-            return super().dot_general(
-                x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
-            )
-        return Ran(run(self, x), "training view")
+            return super().dot_general(x, dimension_numbers, **options)
+        return Ran(_run_as(own, dense, self, x), "training view")
+
+    def ragged_dot_general(
+        self, x: jax.Array, group_sizes: jax.Array, numbers: Any, **params: Any
+    ) -> Ran:
+        """The stored form's own rule; gradients as of `materialize()`."""
+
+        def own(view: StraightThrough, x: jax.Array) -> Ran:
+            return view.stored.ragged_dot_general(x, group_sizes, numbers, **params)
+
+        def dense(view: StraightThrough, x: jax.Array) -> Ran:
+            return dense_ragged_dot(view, x, group_sizes, numbers, **params)
+
+        if not self.has_own_matmul:
+            return super().ragged_dot_general(x, group_sizes, numbers, **params)
+        return Ran(_run_as(own, dense, self, x), "training view")
 
     def prepare_activations(
         self, x: jax.Array, axes: tuple[int, ...] = (-1,)
@@ -531,6 +549,20 @@ class StraightThrough(Leaf):
             stored=self.stored.component_specs(spec, sizes),
             gate=None if self.gate is None else own,
         )
+
+
+def _run_as(
+    own: Callable[..., Ran], dense: Callable[..., Ran], view: StraightThrough, x: Any
+) -> jax.Array:
+    """What `own` gives, with the derivatives of `dense`."""
+    run = jax.custom_jvp(lambda view, x: own(view, x).out)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        reference = lambda view, x: dense(view, x).out
+        return run(*primals), jax.jvp(reference, primals, tangents)[1]
+
+    return run(view, x)
 
 
 def relayout_array(a: jax.Array, op: LayoutOp) -> jax.Array:
@@ -572,6 +604,18 @@ def dense_dot_general(
         info = jnp.finfo(out.dtype)
         out = jax.lax.reduce_precision(out, info.nexp, info.nmant)
     return Ran(out, "dequantized dot")
+
+
+def dense_ragged_dot(
+    leaf: Leaf, x: jax.Array, group_sizes: jax.Array, numbers: Any, **params: Any
+) -> Ran:
+    """Prepare the activations as the leaf asks and dequantize, then the dense dot."""
+    tokens = tuple(numbers.dot_dimension_numbers[0][0])
+    x = leaf.prepare_activations(x, tokens)
+    out = jax.lax.ragged_dot_general(
+        x, dequantize(leaf), group_sizes, numbers, **params
+    )
+    return Ran(out, "dequantized")
 
 
 @jax.jit

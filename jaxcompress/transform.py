@@ -241,10 +241,7 @@ def select(
                 for path in chosen.paths
             }
             group, result = f(part, group, chosen.state)
-            flat.update(
-                (path, leaf.value if isinstance(leaf, Oriented) else leaf)
-                for path, leaf in group.items()
-            )
+            flat.update((path, bare(leaf)) for path, leaf in group.items())
             results.append(Selected(paths=chosen.paths, state=result))
         return tree.unflatten(structure, flat), results
 
@@ -324,6 +321,11 @@ class Oriented(Leaf):
         return self.replace(value=map_value(f, self.value))
 
 
+def bare(x: Any) -> Any:
+    """A leaf without the roles that a rule states for its axes."""
+    return x.value if isinstance(x, Oriented) else x
+
+
 def values(leaf: Any) -> tuple[Any, ...]:
     """The float arrays a transform may act on: an array itself, or a leaf's values."""
     return leaf.values() if isinstance(leaf, Leaf) else (leaf,)
@@ -345,6 +347,29 @@ def map_values(f: Callable[[Any, Site], Any], params: Params, *, by: str) -> Par
     return tree.unflatten(
         structure, {path: _map_leaf(f, path, leaf, by) for path, leaf in flat.items()}
     )
+
+
+def replace_weights(
+    f: Callable[[Any, Site], Any],
+    params: Params,
+    *,
+    ready: Callable[[Any, str], bool],
+    by: str,
+) -> Params:
+    """`f(value, site)` of every weight, but for leaves that are ``ready(leaf, path)``.
+
+    For an ``init`` that puts a leaf in the place of a weight: an optimizer's `attach`
+    calls it again, on params that it has returned.
+
+    Raises:
+      ValueError: As `check_weights` does.
+      TypeError: As `check_weights` does.
+      OrderError: As `map_values` does.
+    """
+    check_weights(params, who=by)
+    flat, structure = tree.flatten(params)
+    fresh = {path: x for path, x in flat.items() if not ready(bare(x), path)}
+    return tree.unflatten(structure, flat | map_values(f, fresh, by=by))
 
 
 def _map_leaf(f: Callable[[Any, Site], Any], path: str, leaf: Any, by: str) -> Any:

@@ -1,4 +1,4 @@
-"""Eight host devices, strict promotion, NaN checks: set before JAX starts."""
+"""Eight host devices, strict promotion, NaN checks, quick compilation: set first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +18,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+# Most of the tests' time is XLA's, for programs that run once.
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile(
     "suite",
@@ -38,14 +39,6 @@ def pytest_collection_modifyitems(
     left_out = {i for i in items if zlib.crc32(i.nodeid.encode()) % share}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [i for i in items if i not in left_out]
-
-
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
-    """For what compiles its parts itself, as a sweep does: without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
 """Hinton's experiment: a 1200-1200 net teaches an 800-800 net MNIST.
 
 The teacher is trained with dropout and images shifted by up to two pixels. Students see
-the images as they are, but for two that are trained as the teacher is; one never sees a
-three, and one of those has its bias of three raised until threes are as frequent as
-they should be.
+the images as they are; those that are `regularized` see them shifted, with dropout. One
+never sees a three, and then has its bias of three raised until threes are as frequent
+as they should be.
 
     python -m experiments.distillation.mnist_run [--validate] [--resume] [--seeds 0 1 2]
+        [--tables student regularized "no threes"] [--methods plain]
 
 Scores are errors on the 10,000 test images. `--validate` trains on 55,000 images and
-scores the other 5,000 of the training set.
+scores the other 5,000 of the training set; settings are chosen so, by `--epochs`,
+`--dropout` and `--input-dropout`, which stand in the names of the rows.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,36 +33,56 @@ from experiments.distillation.training import SEEDS, Seen, add_means, train
 from experiments.post_training.report import Report
 
 RESULTS = Path(__file__).parent / "results"
-HELD_OUT, BATCH, SHIFT, LEFT_OUT = 5000, 250, 2, 3
+HELD_OUT, BATCH, LEARNING_RATE, LEFT_OUT = 5000, 250, 1e-3, 3
 TEACHER, STUDENT = 1200, 800
-TEACHER_EPOCHS, EPOCHS, LEARNING_RATE = 30, 8, 1e-3
-INPUT_DROPOUT, DROPOUT = 0.2, 0.5
 TEMPERATURE = 20.0
 HIDDEN = "Net/hidden_2"
 
 
+class Regime(NamedTuple):
+    """How a net is trained.
+
+    Attributes:
+      epochs: Passes over the images.
+      input_dropout: Fraction of pixels left out.
+      dropout: Fraction of hidden units left out.
+      shift: Pixels that images are shifted by at most, each way.
+    """
+
+    epochs: int
+    input_dropout: float = 0.0
+    dropout: float = 0.0
+    shift: int = 0
+
+
+OF_THE_TEACHER = Regime(epochs=30, input_dropout=0.2, dropout=0.5, shift=2)
+PLAIN = Regime(epochs=8)
+REGULARIZED = Regime(epochs=12, dropout=0.2, shift=2)
+
+
 class Net(nn.Module):
-    """Two hidden layers of a width."""
+    """Two hidden layers of a width; in training, entries are dropped."""
 
     width: int
+    regime: Regime = PLAIN
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Logits ``[batch, 10]`` of ``uint8[batch, 28, 28, 1]``."""
         drop = functools.partial(nn.Dropout, deterministic=not train)
         x = x.reshape(x.shape[0], -1).astype(jnp.float32) / 255.0
-        x = drop(INPUT_DROPOUT)(x)
+        x = drop(self.regime.input_dropout)(x)
         for name in ("hidden_1", "hidden_2"):
             with jax.named_scope(name):
                 x = nn.relu(nn.Dense(self.width, name=f"{name}_linear")(x))
-            x = drop(DROPOUT)(x)
+            x = drop(self.regime.dropout)(x)
         return nn.Dense(10, name="logits")(x)
 
 
-def jittered(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Every image shifted by up to two pixels each way."""
-    pads = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
-    starts = jax.random.randint(key, (len(x), 2), 0, 2 * SHIFT + 1)
+def jittered(x: jax.Array, key: jax.Array, shift: int) -> jax.Array:
+    """Every image shifted by up to so many pixels each way."""
+    pads = ((0, 0), (shift, shift), (shift, shift), (0, 0))
+    starts = jax.random.randint(key, (len(x), 2), 0, 2 * shift + 1)
     cut = lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (28, 28, 1))
     return jax.vmap(cut)(jnp.pad(x, pads), starts)
 
@@ -81,10 +103,10 @@ def labels_only(seen: Seen) -> jax.Array:
     return losses.mean()
 
 
-def soft(seen: Seen, alpha: float = 0.9) -> jax.Array:
+def soft(seen: Seen, temperature: float = TEMPERATURE) -> jax.Array:
     """Softened outputs, and the labels a little."""
     return jc.distill.mix(
-        seen.student, seen.teacher, seen.labels, temperature=TEMPERATURE, alpha=alpha
+        seen.student, seen.teacher, seen.labels, temperature=temperature, alpha=0.9
     ).mean()
 
 
@@ -118,44 +140,41 @@ def similarity(seen: Seen) -> jax.Array:
 
 
 PROJECTOR = jc.distill.linear_projector(STUDENT, TEACHER)
-METHODS: dict[str, Callable[[Seen], jax.Array]] = {
+Method = Callable[[Seen], jax.Array]
+METHODS: dict[str, Method] = {
     "plain": labels_only,
     "soft targets": soft,
+    "soft targets, T = 4": functools.partial(soft, temperature=4.0),
     "logit MSE": logit_mse,
     "decoupled": decoupled,
     "hints": hints,
     "similarity": similarity,
 }
-REGULARIZED = {"plain": labels_only, "soft targets": soft}
 
 
 def fit(
     net: Net,
     images: data.Images,
-    epochs: int,
     seed: int,
-    method: Callable[[Seen], jax.Array],
+    method: Method,
     teacher: Any = None,
     *,
     lessons: Any = None,
-    regularized: bool = False,
 ) -> Any:
-    """Train a net by a method; with dropout and shifted images if `regularized`.
+    """Train a net by a method.
 
     A teacher is asked about every shifted image anew; what it says of the images as
     they are comes as `lessons`.
     """
-    key = jax.random.key(seed)
-    steps = epochs * (len(images.x) // BATCH)
+    key, regime = jax.random.key(seed), net.regime
+    steps = regime.epochs * (len(images.x) // BATCH)
     run = jc.distill.features(net.apply, HIDDEN)
 
     def loss(params: Any, aux: Any, batch: Any, i: jax.Array) -> tuple[jax.Array, Any]:
         x, labels, said = batch
         shift, drop = jax.random.split(jax.random.fold_in(key, i))
-        shown = jittered(x, shift) if regularized else x
-        logits, taps = run(
-            params["net"], shown, train=regularized, rngs={"dropout": drop}
-        )
+        shown = jittered(x, shift, regime.shift) if regime.shift else x
+        logits, taps = run(params["net"], shown, train=True, rngs={"dropout": drop})
         if said is None:
             said = (logits, taps) if teacher is None else taught(teacher, shown)
         target, values = said
@@ -167,8 +186,8 @@ def fit(
         "projector": PROJECTOR.init(jax.random.split(key)[1]),
     }
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-    data = batches(images, lessons, epochs, seed)
-    return train(params, loss, data, tx, steps=steps)[0]["net"]
+    shown = batches(images, lessons, regime.epochs, seed)
+    return train(params, loss, shown, tx, steps=steps)[0]["net"]
 
 
 taught = jc.distill.features(Net(TEACHER).apply, HIDDEN)
@@ -206,69 +225,100 @@ def raised(logits: np.ndarray, count: int) -> np.ndarray:
     return logits + high * (np.arange(10) == LEFT_OUT)
 
 
-def main() -> None:
-    """The teacher, then every student."""
+class Table(NamedTuple):
+    """Students of one kind.
+
+    Attributes:
+      methods: Names of those to compare.
+      regime: How they are trained.
+      sees: Which images they see, or None for all.
+      told: Whether what the teacher says is computed once.
+    """
+
+    methods: tuple[str, ...]
+    regime: Regime
+    sees: Callable[[np.ndarray], np.ndarray] | None = None
+    told: bool = True
+
+
+TABLES = {
+    "student": Table(tuple(METHODS), PLAIN),
+    "regularized": Table(tuple(METHODS), REGULARIZED, told=False),
+    "no threes": Table(("soft targets",), PLAIN, lambda labels: labels != LEFT_OUT),
+}
+
+
+def after_bias(logits: np.ndarray, test: data.Images, share: float) -> dict[str, Any]:
+    """Errors once the class left out is found as often as it should be."""
+    found = raised(logits, int(share * len(test.y)))
+    right = (found.argmax(-1) == LEFT_OUT)[test.y == LEFT_OUT]
+    return {
+        "wrong_after_bias": wrong(found, test.y),
+        "threes_right": round(float(right.mean()), 4),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    options = parser.parse_args()
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--input-dropout", type=float)
+    return parser.parse_args()
+
+
+def teacher_of(images: data.Images, path: Path | None) -> Any:
+    """The teacher, from its file if there is one."""
+    if path and path.exists():
+        return jc.io.load(path)
+    teacher = fit(Net(TEACHER, OF_THE_TEACHER), images, 0, labels_only)
+    if path:
+        jc.io.save(path, teacher)
+    return teacher
+
+
+def main() -> None:
+    """The teacher, then every student."""
+    options = arguments()
     name = "mnist_validation" if options.validate else "mnist"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
     images, test = (data.mnist(p, options.data_dir) for p in ("train", "test"))
     if options.validate:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
-    big, small = Net(TEACHER), Net(STUDENT)
-    if options.teacher and options.teacher.exists():
-        teacher = jc.io.load(options.teacher)
-    else:
-        teacher = fit(big, images, TEACHER_EPOCHS, 0, labels_only, regularized=True)
-        if options.teacher:
-            jc.io.save(options.teacher, teacher)
+    teacher = teacher_of(images, options.teacher)
     if ("teacher", "plain") not in report:
-        report.add(
-            "teacher", "plain", "", wrong(predictions(big, teacher, test), test.y)
-        )
-    seen = images.y != LEFT_OUT
-    without = data.Images(images.x[seen], images.y[seen])
+        found = wrong(predictions(Net(TEACHER), teacher, test), test.y)
+        report.add("teacher", "plain", "", found)
     lessons = lessons_of(teacher, images)
-    of_those = jax.tree.map(lambda a: a[seen], lessons)
-    tables: dict[str, tuple[dict[str, Any], data.Images, Any, bool]] = {
-        "student": (METHODS, images, lessons, False),
-        "regularized": (REGULARIZED, images, None, True),
-        "no threes": ({"soft targets": soft}, without, of_those, False),
-    }
-    for which, (methods, shown, said, regularized) in tables.items():
+    given = {name: getattr(options, name) for name in Regime._fields[:3]}
+    tried = {name: value for name, value in given.items() if value is not None}
+    label = "".join(f", {name} {value:g}" for name, value in tried.items())
+    for which in options.tables:
+        table = TABLES[which]
+        shown, said = images, lessons
+        if table.sees is not None:
+            chosen = table.sees(images.y)
+            shown, said = jax.tree.map(lambda a, at=chosen: a[at], (images, lessons))
+        net = Net(STUDENT, table.regime._replace(**tried))
+        methods = [m for m in table.methods if m in options.methods]
         for method, seed in ((m, s) for m in methods for s in options.seeds):
-            row = f"{method}, seed {seed}"
-            if (which, row) in report:
+            if (which, row := f"{method}{label}, seed {seed}") in report:
                 continue
-            params = fit(
-                small,
-                shown,
-                EPOCHS,
-                seed,
-                methods[method],
-                teacher,
-                lessons=said,
-                regularized=regularized,
-            )
-            logits = predictions(small, params, test)
-            more = {}
-            if which == "no threes":
-                threes = test.y == LEFT_OUT
-                found = raised(logits, int((images.y == LEFT_OUT).mean() * len(test.y)))
-                more = {
-                    "wrong_after_bias": wrong(found, test.y),
-                    "threes_right": float(
-                        (found.argmax(-1) == LEFT_OUT)[threes].mean()
-                    ),
-                }
+            known = said if table.told else None
+            params = fit(net, shown, seed, METHODS[method], teacher, lessons=known)
+            logits = predictions(net, params, test)
+            share = float((images.y == LEFT_OUT).mean())
+            more = {} if table.sees is None else after_bias(logits, test, share)
             report.add(which, row, "", wrong(logits, test.y), **more)
-        add_means(report, which, methods)
+        add_means(report, which, [f"{method}{label}" for method in methods])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Scores are mean NLL on stories 1200-1599 (`--validate`: 1160-1199).
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,24 @@ def with_labels(divergence: Callable[..., jax.Array]) -> Method:
     """Mostly a divergence from the teacher's distributions, and the next token."""
 
     def loss(seen: Seen) -> jax.Array:
-        soft = divergence(seen.student, seen.teacher).mean()
+        soft = divergence(seen.student, seen.teacher, temperature=1.0).mean()
         return SOFT * soft + (1 - SOFT) * next_token(seen)
 
     return loss
+
+
+def logit_mse(seen: Seen) -> jax.Array:
+    """The teacher's logits, and the next token."""
+    found = jc.distill.logit_mse(seen.student, seen.teacher).mean()
+    return found + next_token(seen)
+
+
+def decoupled(seen: Seen) -> jax.Array:
+    """The next token and the others apart, and the next token."""
+    found = jc.distill.decoupled(
+        seen.student, seen.teacher, seen.labels, temperature=1.0, alpha=1.0, beta=1.0
+    )
+    return found.mean() + next_token(seen)
 
 
 def hints(seen: Seen) -> jax.Array:
@@ -61,10 +74,9 @@ def hints(seen: Seen) -> jax.Array:
 
 METHODS: dict[str, Method] = {
     "plain": next_token,
-    "soft targets": with_labels(
-        functools.partial(jc.distill.soft_targets, temperature=1.0)
-    ),
-    "reverse KL": with_labels(jc.distill.reverse_kl),
+    "soft targets": with_labels(jc.distill.soft_targets),
+    "logit MSE": logit_mse,
+    "decoupled": decoupled,
     "Jensen-Shannon": with_labels(jc.distill.jensen_shannon),
     "hints": hints,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -216,7 +215,7 @@ class CodebookArray(CodedLeaf):
 
     def stacked(self, ndim: int) -> Leaf:
         """Count the first axes as stacks, with codebooks for each entry."""
-        layout = self._without_leading(ndim)
+        layout = self.layout.stacked(ndim, len(self.shape))
         if layout is NotImplemented:
             return NotImplemented
         if self.own >= ndim:
@@ -232,23 +231,11 @@ class CodebookArray(CodedLeaf):
 
     def map_leading(self, f: Callable[[jax.Array], jax.Array], ndim: int) -> Leaf:
         """Codes and scales alone, where all entries share the codebooks."""
-        layout = self._without_leading(ndim)
+        layout = self.layout.stacked(ndim, len(self.shape))
         if layout is NotImplemented or self.own:
             return super().map_leading(f, ndim)
         scale = None if self.scale is None else f(self.scale)
         return self.replace(words=f(self.words), scale=scale, layout=layout)
-
-    def _without_leading(self, ndim: int) -> Any:
-        """The layout with the first logical axes as stacks, if they lead in storage."""
-        rank = len(self.shape)
-        stack = rank - len(self.layout.order)
-        if stack >= ndim:
-            return self.layout
-        full = self.layout.absorb_stack(stack)
-        leading = full.order[:ndim] == tuple(range(-rank, ndim - rank))
-        if not leading or rank - ndim < full.contracting:
-            return NotImplemented
-        return dataclasses.replace(full, order=full.order[ndim:])
 
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any

@@ -14,16 +14,7 @@ from jaxcompress.codebook._array import CodebookArray
 from jaxcompress.codebook._beam import beam_search
 from jaxcompress.codebook._codes import Codes, Laid, lay, output_scale
 from jaxcompress.codebook._lloyd import cluster, toward_means
-from jaxcompress.transform import (
-    Oriented,
-    Site,
-    Transform,
-    check_weights,
-    identity,
-    leaf_key,
-    map_values,
-)
-from jaxcompress.tree import flatten, unflatten
+from jaxcompress.transform import Site, Transform, identity, leaf_key, replace_weights
 
 Importance = Mapping[str, jax.Array]
 """By path, what a squared error in each weight counts for; broadcast to its shape."""
@@ -85,17 +76,10 @@ def clustered(
         )
 
     def init(params: Any) -> tuple[Any, tuple[()]]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {path: x for path, x in flat.items() if not is_coded(x)}
-        return unflatten(structure, flat | map_values(coded, fresh, by=by)), ()
+        ready = lambda x, path: isinstance(x, CodebookArray)
+        return replace_weights(coded, params, ready=ready, by=by), ()
 
     return identity()._replace(init=init)
-
-
-def is_coded(x: Any) -> bool:
-    """Whether an ``init`` has been here: an optimizer's `attach` calls it again."""
-    return isinstance(x.value if isinstance(x, Oriented) else x, CodebookArray)
 
 
 def _importance_at(

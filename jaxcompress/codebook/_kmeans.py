@@ -19,8 +19,8 @@ from jaxcompress.codebook._scalars import (
 )
 from jaxcompress.layout import Axes, Layout, resolve_axes
 from jaxcompress.leaf import OrderError
-from jaxcompress.transform import Site, Transform, check_weights, leaf_key, map_values
-from jaxcompress.tree import flatten, unflatten
+from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
+from jaxcompress.tree import flatten
 
 AxesOption = Axes | int | tuple[int, ...] | None
 
@@ -135,12 +135,11 @@ def kmeans(
         )
 
     def start(params: Any) -> tuple[Any, KMeansState]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {path: x for path, x in flat.items() if not clusters(x)}
-        flat = flat | map_values(clustered, fresh, by=by)
+        ready = lambda x, path: bool(clusters(x))
+        params = replace_weights(clustered, params, ready=ready, by=by)
+        flat, _ = flatten(params)
         codes = {path: tuple(map(assigned, clusters(x))) for path, x in flat.items()}
-        return unflatten(structure, flat), KMeansState(codes)
+        return params, KMeansState(codes)
 
     def view(params: Any, state: KMeansState) -> Any:
         coded = lambda leaf, path, i: leaf.coded(state.codes[path][i])

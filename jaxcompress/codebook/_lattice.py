@@ -15,15 +15,7 @@ from jaxcompress.codebook._lattice_array import LatticeArray
 from jaxcompress.leaf import static_type
 from jaxcompress.lift import Statistics
 from jaxcompress.lift._second_moment import check_feedback, factorize, matmul, mean_gram
-from jaxcompress.transform import (
-    Oriented,
-    Site,
-    Transform,
-    check_weights,
-    identity,
-    map_values,
-)
-from jaxcompress.tree import flatten, unflatten
+from jaxcompress.transform import Site, Transform, identity, replace_weights
 
 _STEP = 1.03
 """Root mean square of normal weights, in units of the lattice, of least error."""
@@ -77,14 +69,9 @@ def lattice(*, axes: int | tuple[int, ...] | None = None) -> Transform:
         fmt = E8P(axes=axes)
         return lattice_weight(w, fmt, None, axes=site.axes, path=site.path)
 
-    def is_coded(x: Any) -> bool:
-        return isinstance(x.value if isinstance(x, Oriented) else x, LatticeArray)
-
     def init(params: Any) -> tuple[Any, tuple[()]]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {path: x for path, x in flat.items() if not is_coded(x)}
-        return unflatten(structure, flat | map_values(coded, fresh, by=by)), ()
+        ready = lambda x, path: isinstance(x, LatticeArray)
+        return replace_weights(coded, params, ready=ready, by=by), ()
 
     return identity()._replace(init=init)
 

@@ -89,17 +89,9 @@ class LatticeArray(Leaf):
 
     def stacked(self, ndim: int) -> Leaf:
         """Count the first axes as stacks, if they lead in storage."""
-        rank = len(self.shape)
-        stack = rank - len(self.layout.order)
-        if stack >= ndim:
-            return self
-        full = self.layout.absorb_stack(stack)
-        leading = full.order[:ndim] == tuple(range(-rank, ndim - rank))
-        if not leading or rank - ndim < full.contracting:
+        layout = self.layout.stacked(ndim, len(self.shape))
+        if layout is NotImplemented:
             return NotImplemented
-        layout = Layout(
-            order=full.order[ndim:], contracting=full.contracting, minor=full.minor
-        )
         return self.replace(layout=layout)
 
     def component_specs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -106,6 +107,9 @@ def nearest(w: jax.Array, entries: jax.Array) -> jax.Array:
     return order[first[found]].astype(jnp.uint8)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("entries", "init", "iterations", "keep_zero")
+)
 def cluster_scalars(
     w: jax.Array,
     *,

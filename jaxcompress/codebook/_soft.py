@@ -19,15 +19,7 @@ from jaxcompress.layout import Axes
 from jaxcompress.leaf import CODEBOOK, WEIGHT, Leaf, component, leaf_type, static
 from jaxcompress.quant._switched import SwitchedArray, switched_on
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import (
-    Oriented,
-    Site,
-    Transform,
-    check_weights,
-    leaf_key,
-    map_values,
-)
-from jaxcompress.tree import flatten, unflatten
+from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
 
 
 @leaf_type
@@ -190,11 +182,9 @@ def soft_assignment(
         return SoftCodedArray(latent=w, codebooks=books, codes=codes, axes=laid.axes)
 
     def init(params: Any) -> tuple[Any, jax.Array]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {path: x for path, x in flat.items() if not _inside(x)}
-        flat = flat | map_values(started, fresh, by=by)
-        return unflatten(structure, flat), jnp.zeros((), jnp.int32)
+        ready = lambda x, path: isinstance(x, SoftCodedArray)
+        params = replace_weights(started, params, ready=ready, by=by)
+        return params, jnp.zeros((), jnp.int32)
 
     def view(params: Any, state: jax.Array) -> Any:
         alpha = sharpness(state) if callable(sharpness) else sharpness
@@ -214,10 +204,6 @@ def soft_assignment(
         return _at_soft(SoftCodedArray.hard, params)
 
     return Transform(init, view, update, compress)
-
-
-def _inside(x: Any) -> bool:
-    return isinstance(x.value if isinstance(x, Oriented) else x, SoftCodedArray)
 
 
 def _at_soft(f: Any, params: Any) -> Any:

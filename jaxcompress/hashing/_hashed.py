@@ -12,9 +12,9 @@ from jaxcompress.hashing._fit import nearest, without_buckets
 from jaxcompress.hashing._size import bucket_count, check_hashing, common_ratio
 from jaxcompress.leaf import Leaf, OrderError
 from jaxcompress.transform import (
-    Oriented,
     Site,
     Transform,
+    bare,
     check_weights,
     identity,
     leaf_key,
@@ -162,7 +162,7 @@ def without_hashed(flat: dict[str, Any], hashing: Hashing, who: str) -> dict[str
     """
     fresh = {}
     for path, x in flat.items():
-        leaf = x.value if isinstance(x, Oriented) else x
+        leaf = bare(x)
         if not isinstance(leaf, Leaf):
             fresh[path] = x
         elif not isinstance(leaf, HashedArray) or leaf.hashing != hashing:

@@ -20,6 +20,7 @@ from jaxcompress.transform import (
     Oriented,
     Transform,
     as_transform,
+    bare,
     check_weights,
     identity,
 )
@@ -89,7 +90,7 @@ def shared(
     def init(params: Any) -> tuple[Any, Any]:
         check_weights(params, who=by)
         flat, structure = flatten(params)
-        if not any(isinstance(_plain(x), HashedArray) for x in flat.values()):
+        if not any(isinstance(bare(x), HashedArray) for x in flat.values()):
             flat = _distributed(flat, ratio, bytes, key, hashing, axes, by)
         _check(flat, hashing, by)
         owned, state = inner.init({"buckets": _owner(flat).buckets})
@@ -120,28 +121,24 @@ def shared(
     )
 
 
-def _plain(x: Any) -> Any:
-    return x.value if isinstance(x, Oriented) else x
-
-
 def _with(x: Any, leaf: HashedArray) -> Any:
     return x.replace(value=leaf) if isinstance(x, Oriented) else leaf
 
 
 def _owner(flat: dict[str, Any]) -> HashedArray:
     """The first weight's leaf, which holds the buckets."""
-    return _plain(next(iter(flat.values())))
+    return bare(next(iter(flat.values())))
 
 
 def _owning(flat: dict[str, Any], buckets: Any) -> dict[str, Any]:
     """The leaves, the first of them with these buckets."""
     path, x = next(iter(flat.items()))
-    return flat | {path: _with(x, _plain(x).replace(buckets=buckets))}
+    return flat | {path: _with(x, bare(x).replace(buckets=buckets))}
 
 
 def _is_view(flat: dict[str, Any]) -> bool:
     """Whether every leaf has its buckets: the same transform has been here."""
-    leaves = [_plain(x) for x in flat.values()]
+    leaves = [bare(x) for x in flat.values()]
     if len(leaves) == 1 and not leaves[0].scale.shape:
         return False
     return all(
@@ -152,7 +149,7 @@ def _is_view(flat: dict[str, Any]) -> bool:
 
 def _given(x: Any, buckets: Any) -> Any:
     """A leaf with the buckets of all, for every layer of a stack."""
-    leaf = _plain(x)
+    leaf = bare(x)
     stack = leaf.scale.shape
     if not stack:
         return _with(x, leaf.replace(buckets=buckets))
@@ -169,7 +166,7 @@ def _first_rows(leaf: HashedArray, layers: int) -> np.ndarray:
 
 def _check(flat: dict[str, Any], hashing: Hashing, who: str) -> None:
     for path, x in flat.items():
-        leaf = _plain(x)
+        leaf = bare(x)
         ours = isinstance(leaf, HashedArray) and leaf.scale is not None
         if not ours or leaf.hashing != _of_path(hashing, path):
             kind = leaf.method if isinstance(leaf, Leaf) else "dense"
@@ -195,7 +192,7 @@ def _distributed(
     who: str,
 ) -> dict[str, Any]:
     """Leaves for all weights, the first with the buckets."""
-    weights = {path: _plain(x) for path, x in flat.items()}
+    weights = {path: bare(x) for path, x in flat.items()}
     if odd := [path for path, w in weights.items() if isinstance(w, Leaf)]:
         raise OrderError(
             f"{who}: {odd[0]!r} is {weights[odd[0]].method}, whose own values hashing "

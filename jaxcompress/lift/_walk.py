@@ -301,14 +301,18 @@ def _find_ragged(
     return 1, tuple(contract), (*batch, *numbers.rhs_group_dimensions)
 
 
-def _run_dequantized(
+def _run_ragged(
     eqn: Any, w: Tracked, index: int, operands: list[Any]
 ) -> tuple[jax.Array, str]:
-    """Prepare the activations as the leaf asks, then the dense operation."""
-    assert isinstance(w.value, Leaf)
-    operands[0] = w.value.prepare_activations(operands[0], _token_axes(eqn))
-    operands[index] = dequantize(w.value)
-    return _compat.bind(eqn, operands)[0], "dequantized"
+    del index
+    x, _, group_sizes = operands
+    names = ("precision", "preferred_element_type", "out_sharding")
+    return w.value.ragged_dot_general(
+        x,
+        group_sizes,
+        eqn.params["ragged_dot_dimension_numbers"],
+        **{name: eqn.params[name] for name in names if name in eqn.params},
+    )
 
 
 def _run_conv(
@@ -320,16 +324,11 @@ def _run_conv(
     if ran is None:
         ran = w.value.conv_general_dilated(operands[0], **eqn.params)
     if ran is NotImplemented:
-        return _run_dequantized(eqn, w, index, operands)
+        token = eqn.params["dimension_numbers"].lhs_spec[1]
+        operands[0] = w.value.prepare_activations(operands[0], (token,))
+        operands[index] = dequantize(w.value)
+        return _compat.bind(eqn, operands)[0], "dequantized"
     return ran
-
-
-def _token_axes(eqn: Any) -> tuple[int, ...]:
-    """The contracted axes of the activations, without those of the window."""
-    if eqn.primitive.name == "conv_general_dilated":
-        return (eqn.params["dimension_numbers"].lhs_spec[1],)
-    numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return tuple(numbers[0][0])
 
 
 def _find_gather(
@@ -366,8 +365,8 @@ def _run_gather(
 TARGETS: dict[str, Target] = {
     "dot_general": Target(_find_dot, _run_dot),
     "conv_general_dilated": Target(_find_conv, _run_conv),
-    "ragged_dot": Target(_find_ragged, _run_dequantized),
-    "ragged_dot_general": Target(_find_ragged, _run_dequantized),
+    "ragged_dot": Target(_find_ragged, _run_ragged),
+    "ragged_dot_general": Target(_find_ragged, _run_ragged),
     "gather": Target(_find_gather, _run_gather),
 }
 """Operations that go to a leaf's own rule, by primitive."""

@@ -15,6 +15,7 @@ from jaxcompress.transform import (
     Oriented,
     Transform,
     as_transform,
+    bare,
     check_weights,
     identity,
 )
@@ -65,7 +66,7 @@ def corrected(*, rule: Any, rank: Rank) -> Transform:
     def init(params: Any) -> tuple[Any, tuple[()]]:
         check_weights(params, who=by)
         flat, structure = flatten(params)
-        fresh = {p: x for p, x in flat.items() if not isinstance(_plain(x), SumArray)}
+        fresh = {p: x for p, x in flat.items() if not isinstance(bare(x), SumArray)}
         stored, _ = flatten(part.compress(*part.init(fresh)))
         done = {p: _corrected(p, x, stored[p], rank, by) for p, x in fresh.items()}
         return unflatten(structure, flat | done), ()
@@ -73,17 +74,13 @@ def corrected(*, rule: Any, rank: Rank) -> Transform:
     return identity()._replace(init=init)
 
 
-def _plain(x: Any) -> Any:
-    return x.value if isinstance(x, Oriented) else x
-
-
 def _corrected(path: str, x: Any, stored: Any, rank: Rank, by: str) -> Any:
     """A weight's stored form and the correction of its error."""
     axes = x.axes if isinstance(x, Oriented) else None
-    first = _plain(stored)
+    first = bare(stored)
     if not isinstance(first, Leaf):
         return x
-    error = materialize(_plain(x)).astype(jnp.float32) - first.materialize().astype(
+    error = materialize(bare(x)).astype(jnp.float32) - first.materialize().astype(
         jnp.float32
     )
     second = svd_weight(error, rank, axes=axes, path=path, who=by)

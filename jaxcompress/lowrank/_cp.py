@@ -23,9 +23,8 @@ from jaxcompress.lowrank._factors import (
     wide,
 )
 from jaxcompress.lowrank._matrix import AxesOption
-from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.lowrank._window import Kernel, along_channels, channels_last
-from jaxcompress.transform import Site, Transform, identity, leaf_key
+from jaxcompress.transform import Site, Transform, identity, leaf_key, replace_weights
 
 RIDGE = 1e-7
 """Of the normal equations, relative to their trace."""

@@ -14,9 +14,8 @@ from jaxcompress.lowrank._array import LowRankArray
 from jaxcompress.lowrank._factors import dense
 from jaxcompress.lowrank._matrix import AxesOption, Matrix
 from jaxcompress.lowrank._rank import Rank, check_rank
-from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.lowrank._svd import svd_weight
-from jaxcompress.transform import Site, Transform, leaf_key
+from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
 
 
 def gated(

@@ -14,14 +14,13 @@ from jaxcompress.lowrank._decompose import truncated_svd
 from jaxcompress.lowrank._factors import product
 from jaxcompress.lowrank._matrix import AxesOption, Matrix
 from jaxcompress.lowrank._rank import Rank, check_rank
-from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.lowrank._sum import SumArray
 from jaxcompress.lowrank._svd import singular_values
 from jaxcompress.prune import MaskedArray, lowest
 from jaxcompress.prune import rank as order_of
 from jaxcompress.prune._bitmask import store
 from jaxcompress.prune._pattern import pruned_count
-from jaxcompress.transform import Site, Transform, identity
+from jaxcompress.transform import Site, Transform, identity, replace_weights
 
 Split = tuple[jax.Array, jax.Array, jax.Array]
 """Two factors, and the mask of what they leave to the sparse part."""

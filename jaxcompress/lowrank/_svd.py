@@ -15,12 +15,12 @@ from jaxcompress.lowrank._matrix import (
     check_factored,
 )
 from jaxcompress.lowrank._rank import Rank, check_rank
-from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.transform import (
     Site,
     Transform,
     identity,
     leaf_key,
+    replace_weights,
 )
 
 

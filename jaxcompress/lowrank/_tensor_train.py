@@ -32,8 +32,7 @@ from jaxcompress.lowrank._factors import (
     wide,
 )
 from jaxcompress.lowrank._matrix import AxesOption, Matrix
-from jaxcompress.lowrank._replace import replace_weights
-from jaxcompress.transform import Site, Transform, identity
+from jaxcompress.transform import Site, Transform, identity, replace_weights
 
 
 @leaf_type

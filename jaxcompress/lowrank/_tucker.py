@@ -29,9 +29,8 @@ from jaxcompress.lowrank._factors import (
     wide,
 )
 from jaxcompress.lowrank._matrix import AxesOption
-from jaxcompress.lowrank._replace import replace_weights
 from jaxcompress.lowrank._window import Kernel, along_channels, channels_last
-from jaxcompress.transform import Site, Transform, identity
+from jaxcompress.transform import Site, Transform, identity, replace_weights
 
 
 @leaf_type

@@ -200,18 +200,11 @@ class QuantizedArray(CodedLeaf):
 
     def stacked(self, ndim: int) -> Leaf:
         """Count the first axes as stacks, with a scale for each entry."""
-        stack = self.layout.stack_ndim(self.scale.ndim)
-        if stack >= ndim:
+        layout = self.layout.stacked(ndim, len(self.shape))
+        if layout is NotImplemented:
+            return NotImplemented
+        if layout is self.layout:
             return self
-        full = self.layout.absorb_stack(stack)
-        rank = len(self.shape)
-        if full.order[:ndim] != tuple(range(-rank, ndim - rank)):
-            return NotImplemented
-        layout = Layout(
-            order=full.order[ndim:], contracting=full.contracting, minor=full.minor
-        )
-        if len(layout.order) < full.contracting:
-            return NotImplemented
         grown = {
             name: _grow(a, self.shape[:ndim])
             for name, (a, _) in self.components().items()
@@ -259,6 +252,22 @@ class QuantizedArray(CodedLeaf):
         batch = () if site is None else site.batch
         ran = dense(self.prepare_activations(x, axes, batch))
         return Ran(ran.out, "fake-quantized dot")
+
+    def ragged_dot_general(
+        self, x: jax.Array, group_sizes: jax.Array, numbers: Any, **params: Any
+    ) -> Ran:
+        """By the kernel, which reads the weights of experts that have rows."""
+        if (
+            self.activations is not None
+            or not self.has_own_matmul
+            or not jnp.issubdtype(x.dtype, jnp.floating)
+            or not _weight_only.by_experts(self, numbers)
+        ):
+            return super().ragged_dot_general(x, group_sizes, numbers, **params)
+        dtype = params.get("preferred_element_type")
+        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        operand = portable_operand(self.pack(), (0,))
+        return _weight_only.ragged_weight_only_dot(operand, x, group_sizes, dtype)
 
     def prepare_activations(
         self,

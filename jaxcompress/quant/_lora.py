@@ -14,13 +14,11 @@ from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import Frame
 from jaxcompress.quant._quantize import quantize
 from jaxcompress.transform import (
-    Oriented,
     Site,
     Transform,
-    check_weights,
     identity,
     leaf_key,
-    map_values,
+    replace_weights,
 )
 from jaxcompress.tree import flatten, trainable_mask, unflatten
 
@@ -92,17 +90,10 @@ def lora(
         )
 
     def init(params: Any) -> tuple[Any, tuple[()]]:
-        check_weights(params, who=by)
-        flat, structure = flatten(params)
-        fresh = {path: x for path, x in flat.items() if not _is_adapted(x)}
-        return unflatten(structure, flat | map_values(adapted, fresh, by=by)), ()
+        ready = lambda x, path: isinstance(x, CorrectedArray)
+        return replace_weights(adapted, params, ready=ready, by=by), ()
 
     return identity()._replace(init=init)
-
-
-def _is_adapted(x: Any) -> bool:
-    """Whether `init` has been here: an optimizer's `attach` calls it again."""
-    return isinstance(x.value if isinstance(x, Oriented) else x, CorrectedArray)
 
 
 def adapters(params: Any) -> tuple[Any, Any]:

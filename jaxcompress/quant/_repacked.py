@@ -25,7 +25,11 @@ from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._kernels import Operand, kernel_format, portable_operand
 from jaxcompress.quant._matmul import Site
 from jaxcompress.quant._scales import stored_scale
-from jaxcompress.quant._weight_only import weight_only_dot
+from jaxcompress.quant._weight_only import (
+    by_experts,
+    ragged_weight_only_dot,
+    weight_only_dot,
+)
 from kernels_pallas import layouts
 from kernels_pallas.formats import Table
 from kernels_pallas.layouts import LAYOUTS, Stored, Weight
@@ -225,13 +229,30 @@ class RepackedArray(Leaf):
             return dense_dot_general(
                 self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )
-        operand = Operand(
+        dtype = params.get("preferred_element_type")
+        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        return weight_only_dot(self._operand(), x, site, dtype)
+
+    def ragged_dot_general(
+        self, x: jax.Array, group_sizes: jax.Array, numbers: Any, **params: Any
+    ) -> Ran:
+        """By the kernel, on a TPU, where the stack is the experts."""
+        if (
+            self.words.ndim != 3
+            or (self.device, current_target().reads) != ("tpu", "tpu")
+            or not jnp.issubdtype(x.dtype, jnp.floating)
+            or not by_experts(self, numbers)
+        ):
+            return super().ragged_dot_general(x, group_sizes, numbers, **params)
+        dtype = params.get("preferred_element_type")
+        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        return ragged_weight_only_dot(self._operand(), x, group_sizes, dtype)
+
+    def _operand(self) -> Operand:
+        return Operand(
             Weight(self.words, self.scale, self.zero),
             kernel_format(self.frame.element)[0],
             self.out,
             LAYOUTS[self.device],
             self.blocks[-1],
         )
-        dtype = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
-        return weight_only_dot(operand, x, site, dtype)

@@ -14,7 +14,11 @@ from jaxcompress.quant._activations import Activations
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._ranged import RangedArray, TrainedActivations, usable
-from jaxcompress.transform import Oriented, Transform
+from jaxcompress.transform import (
+    Oriented,
+    Transform,
+    bare,
+)
 from jaxcompress.tree import flatten, unflatten
 
 Gradient = Literal["lsq", "pact"]
@@ -184,8 +188,7 @@ def _is_ranged(x: Any) -> bool:
 def _ranges(params: Any) -> dict[str, RangedArray]:
     """The range of each leaf that has one, by path."""
     flat, _ = flatten(params)
-    bare = {p: x.value if isinstance(x, Oriented) else x for p, x in flat.items()}
-    return {p: x for p, x in bare.items() if _is_ranged(x)}
+    return {p: bare(x) for p, x in flat.items() if _is_ranged(bare(x))}
 
 
 def _bare(params: Any) -> Any:

@@ -15,6 +15,8 @@ from jaxcompress.quant._kernels import (
     kernel_rows,
 )
 from kernels_pallas.quantized_matmul import choose, quantized_matmul
+from kernels_pallas.ragged_quantized_matmul import choose as choose_ragged
+from kernels_pallas.ragged_quantized_matmul import ragged_quantized_matmul
 from kernels_pallas.target import current_target
 
 if TYPE_CHECKING:
@@ -47,6 +49,43 @@ def pays(leaf: QuantizedArray, x: jax.Array, site: Site) -> bool:
 def _core_size(leaf: QuantizedArray) -> int:
     stack = len(leaf.shape) - len(leaf.layout.order)
     return math.prod(leaf.shape[stack:])
+
+
+def by_experts(leaf: Any, numbers: Any) -> bool:
+    """Whether a ragged dot multiplies rows ``[M, K]`` by the matrices of a leaf.
+
+    Args:
+      leaf: ``[E, K, N]`` or ``[E, N, K]``, with its layout.
+      numbers: `jax.lax.RaggedDotDimensionNumbers`.
+    """
+    (rows, contract), (_, batch) = numbers.dot_dimension_numbers
+    rank = len(leaf.shape)
+    layout = leaf.layout.absorb_stack(rank - len(leaf.layout.order))
+    return (
+        rank == 3
+        and not batch
+        and tuple(rows) == (1,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+        and layout.contract == tuple(a - rank for a in contract)
+        and layout.out[0] == -rank
+    )
+
+
+def ragged_weight_only_dot(
+    operand: Operand, x: jax.Array, group_sizes: jax.Array, dtype: Any
+) -> Ran:
+    """Rows times the weights of their experts, dequantized in the kernel.
+
+    Args:
+      operand: The weights, ``[E, N, ...]``.
+      x: ``float[M, K]``.
+      group_sizes: ``int32[E]``.
+      dtype: Of the result.
+    """
+    y = ragged_quantized_matmul(
+        x, operand.weight, group_sizes, operand.fmt, dtype=dtype, **operand.options
+    )
+    return Ran(y, choose_ragged(operand.fmt, layout=operand.layout).how)
 
 
 def weight_only_dot(operand: Operand, x: jax.Array, site: Site, dtype: Any) -> Ran:

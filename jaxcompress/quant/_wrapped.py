@@ -114,8 +114,8 @@ class WrappedArray(Leaf):
         inner = self.inner.stacked(ndim)
         if inner is NotImplemented:
             return NotImplemented
-        stack = self.ndim - len(self.layout.order)
-        changes: dict[str, Any] = {"inner": inner}
+        layout = self.layout.stacked(ndim, self.ndim)
+        changes: dict[str, Any] = {"inner": inner, "layout": layout}
         for name, (a, _) in self.components().items():
             if name == "inner":
                 continue
@@ -124,15 +124,6 @@ class WrappedArray(Leaf):
             changes[name] = a.stacked(ndim) if isinstance(a, Leaf) else a
         if any(a is NotImplemented for a in changes.values()):
             return NotImplemented
-        if stack < ndim:
-            full = self.layout.absorb_stack(stack)
-            if full.order[:ndim] != tuple(range(-self.ndim, ndim - self.ndim)):
-                return NotImplemented
-            if len(full.order) - ndim < full.contracting:
-                return NotImplemented
-            changes["layout"] = Layout(
-                order=full.order[ndim:], contracting=full.contracting, minor=full.minor
-            )
         return self.replace(**changes)
 
     def dot_general(

@@ -31,8 +31,6 @@ aqlm_weight = functools.partial(
     jc.codebook.aqlm_weight, key=KEY, iterations=4, width=2, steps=8
 )
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def inputs(rows: int = 64) -> np.ndarray:
     """Correlated, of unlike size."""

@@ -11,8 +11,6 @@ import pytest
 from jaxcompress.codebook import beam_search
 from jaxcompress.codebook._beam import in_chunks
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def draw(n: int, d: int, books: int, entries: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(7)

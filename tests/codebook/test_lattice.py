@@ -15,8 +15,6 @@ from jaxcompress.codebook import E8P, lattice, lattice_weight, nearest_e8
 from jaxcompress.codebook._e8 import decode, encode, magnitudes
 from jaxcompress.lift import statistics
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 @functools.cache
 def neighbours() -> np.ndarray:

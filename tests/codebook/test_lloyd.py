@@ -15,8 +15,6 @@ from jaxcompress.codebook import cluster
 from jaxcompress.codebook._lloyd import exact_sums, in_order, toward_means
 from tests.lift.programs import mesh
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 KEY = jax.random.key(0)
 
 

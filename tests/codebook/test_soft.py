@@ -12,8 +12,6 @@ import pytest
 
 import jaxcompress as jc
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 soft = functools.partial(
     jc.codebook.soft_assignment,
     dims=2,

@@ -14,8 +14,6 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.codebook import CodebookArray, Codes
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 KEY = jax.random.key(0)
 product = functools.partial(jc.codebook.product, key=KEY, iterations=4)
 residual = functools.partial(jc.codebook.residual, key=KEY, iterations=4)

@@ -12,8 +12,6 @@ import pytest
 from jaxcompress import distill
 from jaxcompress.distill import Sampled
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 RNG = np.random.default_rng(0)
 VOCABULARY, LENGTH = 7, 4
 TABLE = (RNG.normal(size=(VOCABULARY, VOCABULARY)) * 2).astype(np.float32)

@@ -139,7 +139,6 @@ def test_sharded_kernels_are_never_gathered(mesh: jax.sharding.Mesh) -> None:
     assert together[1][1].sharding.is_equivalent_to(on(W), 2)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_losses_of_logits_whose_classes_are_sharded(mesh: jax.sharding.Mesh) -> None:
     s, t = draw(2, 3, 16), draw(2, 3, 16)
 

@@ -15,8 +15,8 @@ from scipy import stats
 import jaxcompress as jc
 from jaxcompress import hashing as h
 from tests.hashing.oracle import places
+from tests.jitted import run
 from tests.lift.programs import mesh
-from tests.quick import run
 
 N, K, COUNT = 12, 20, 40
 FORMS = {

@@ -15,8 +15,8 @@ import jaxcompress as jc
 from jaxcompress import hashing as h
 from tests.hashing.oracle import PRIME, digest
 from tests.hashing.test_array import draw
+from tests.jitted import run
 from tests.lift.programs import mesh
-from tests.quick import run
 
 KEY, WORDS, WIDTH = jax.random.key(0), 30, 6
 COMBINE = {

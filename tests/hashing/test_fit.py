@@ -11,7 +11,7 @@ import pytest
 from jaxcompress import hashing as h
 from tests.hashing.oracle import places
 from tests.hashing.test_array import FORMS, draw
-from tests.quick import run
+from tests.jitted import run
 
 
 @pytest.mark.parametrize("form", ["elements", "blocks", "robe", "grows"])

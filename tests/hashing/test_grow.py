@@ -9,7 +9,7 @@ import pytest
 from jaxcompress import hashing as h
 from kernels_pallas.hashed_matmul import places
 from tests.hashing.test_array import draw
-from tests.quick import run
+from tests.jitted import run
 
 GROWS = h.Hashing(seed=1, linear=True)
 

@@ -13,7 +13,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress import hashing as h
 from tests.hashing.test_array import draw
-from tests.quick import run
+from tests.jitted import run
 
 KEY = jax.random.key(0)
 

@@ -14,7 +14,7 @@ import jaxcompress as jc
 from jaxcompress import hashing as h
 from tests.hashing.oracle import places
 from tests.hashing.test_array import draw
-from tests.quick import run
+from tests.jitted import run
 
 KEY = jax.random.key(0)
 AXES = {"layers": jc.Axes(contract=(-2,), stack=1)}

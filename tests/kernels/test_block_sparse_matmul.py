@@ -25,7 +25,6 @@ from kernels_pallas.block_sparse_matmul import (
 from kernels_pallas.layouts import PORTABLE, TPU, Weight
 from kernels_pallas.target import Target
 from tests.kernels.weights import FORMATS, matmul_bound, random_weight
-from tests.quick import quick
 
 V5E, CPU = Target("tpu", "TPU v5 lite"), Target("cpu", "cpu")
 PLACES = ((0, 3, -1), (-1, -2, -1), (2, -1, 1), (1, 2, 4), (4, 0, -1))
@@ -108,7 +107,7 @@ def test_agrees_with_float64_for_any_size() -> None:
     weight = floating(2, (8, 16))
     xs = {m: normal(m, m, k) for m, (_, k) in sizes.items()}
 
-    @quick
+    @jax.jit
     def run(xs: dict[int, Any], weight: BlockSparse) -> Any:
         half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), weight.values)
         return {
@@ -160,7 +159,7 @@ def test_gradients_are_those_of_the_dense_matmul() -> None:
     columns = np.stack([weight.columns, np.roll(weight.columns, 1, 0)])
     stack = BlockSparse(np.stack([weight.values, -weight.values]), columns)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: BlockSparse, dy: Any) -> Any:
         def f(x: Any, values: Any) -> Any:
             w = weight._replace(values=values)
@@ -185,7 +184,7 @@ def test_scales_and_zero_points_have_gradients() -> None:
     scale, zero = weight.values.scale, weight.values.zero.astype(jnp.float32)
     x, dy = normal(8, 3, 80), normal(9, 3, 32)
 
-    @quick
+    @jax.jit
     def run(scale: Any, zero: Any) -> Any:
         def f(scale: Any, zero: Any) -> Any:
             w = weight._replace(values=weight.values._replace(scale=scale, zero=zero))
@@ -224,7 +223,7 @@ def test_tpu_kernel_agrees_with_float64(dtype: Any) -> None:
     half = lambda a: np.asarray(a.astype(dtype), np.float32)
     steps = tpu.Steps(16, 2, 2)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: BlockSparse) -> Any:
         w = weight._replace(values=weight.values.astype(dtype))
         x = x.astype(dtype)
@@ -244,7 +243,7 @@ def test_tpu_kernel_of_codes_agrees_and_repacking_undoes_itself() -> None:
     x = normal(12, 3, 512)
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
 
-    @quick
+    @jax.jit
     def run(x: Any, weights: dict[str, BlockSparse]) -> Any:
         y, back = {}, {}
         for name, w in weights.items():
@@ -278,7 +277,7 @@ def test_gradients_of_the_tpu_layout_are_the_portable_ones() -> None:
     weight = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), weight)
     x = normal(13, 2, 3, 500)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: BlockSparse) -> Any:
         def loss(x: Any, w: BlockSparse, **options: Any) -> Any:
             y = block_sparse_matmul(x, w, fmt, **options)

@@ -23,7 +23,6 @@ from kernels_pallas.codebook_matmul import (
 )
 from kernels_pallas.layouts import GPU, PORTABLE, TPU
 from kernels_pallas.target import Target
-from tests.quick import quick
 
 CPU_TARGET, TPU_TARGET = Target("cpu", "cpu"), Target("tpu", "TPU v5e")
 GPU_TARGET = Target("gpu", "NVIDIA H200")
@@ -121,7 +120,7 @@ def interpreted(x: jax.Array, weight: CodebookWeight, case: Case) -> jax.Array:
     return codebook_matmul(x, weight, bits=case.bits, n=case.n, **options)
 
 
-@functools.partial(quick, static_argnames="case")
+@functools.partial(jax.jit, static_argnames="case")
 def everything(x: jax.Array, weight: CodebookWeight, case: Case) -> Any:
     bits, n, k = case.bits, case.n, case.k
     lanes = repack(weight, bits=bits, k=k, to=TPU)
@@ -175,7 +174,7 @@ def test_a_stack_and_leading_axes() -> None:
     weight = jax.tree.map(lambda *a: jnp.stack(a), *(p.weight for p in parts))
     x = jnp.stack([jnp.stack([p.x, p.x[::-1]]) for p in parts])
 
-    @quick
+    @jax.jit
     def both(x: jax.Array, weight: CodebookWeight) -> tuple[jax.Array, jax.Array]:
         lanes = jax.vmap(lambda w: repack(w, bits=case.bits, k=case.k, to=TPU))(weight)
         return codebook_matmul(x, weight, bits=case.bits), interpreted(x, lanes, case)

@@ -23,7 +23,6 @@ from kernels_pallas.hashed_matmul import (
     xla,
 )
 from kernels_pallas.target import Target
-from tests.quick import quick
 
 CPU_TARGET, TPU_TARGET = Target("cpu", "cpu"), Target("tpu", "TPU v5e")
 
@@ -58,7 +57,7 @@ COUNTS = (1, 2, 3, 64, 100, 1000, 2**30 - 1)
 def test_bucket_and_sign_of_places(seed: int, linear: bool) -> None:
     words = np.random.default_rng(seed).integers(0, 2**32, (2, 50), np.uint32)
 
-    @quick
+    @jax.jit
     def run(rows: jax.Array, columns: jax.Array) -> Any:
         state = hashing.row_state(rows, seed=seed)
         return [
@@ -110,7 +109,7 @@ CASES = {
 }
 
 
-@functools.partial(quick, static_argnames=("hashed", "n"))
+@functools.partial(jax.jit, static_argnames=("hashed", "n"))
 def everything(
     x: jax.Array, buckets: jax.Array, origin: jax.Array, hashed: Hashing, n: int
 ) -> tuple[jax.Array, ...]:
@@ -188,7 +187,7 @@ def test_a_stack_and_leading_axes() -> None:
     x = jnp.asarray(rng.standard_normal((2, 2, 3, 130)), jnp.float32)
     at, sign = places_of(hashed, 128 * 6, 21, 130)
 
-    @quick
+    @jax.jit
     def both(x: jax.Array, buckets: jax.Array) -> list[jax.Array]:
         run = functools.partial(hashed_matmul, x, buckets, hashed, n=21)
         return [run(target=CPU_TARGET), run(target=TPU_TARGET, interpret=True)]
@@ -221,7 +220,7 @@ def test_gradients(count: int, hashed: Hashing) -> None:
         functools.partial(hashed_matmul, target=TPU_TARGET, interpret=True, **options),
     )
 
-    @quick
+    @jax.jit
     def pulled(x: jax.Array, b: jax.Array) -> Any:
         pulls = [jax.vjp(lambda x, b, f=f: f(x, b, hashed), x, b)[1] for f in forms]
         parts = functools.partial(
@@ -268,9 +267,9 @@ def test_exact_sums_are_the_same_in_any_order() -> None:
     scale = 2.0 ** rng.integers(-18, 18, (size, 1))
     values = (rng.standard_normal((size, 2)) * scale).astype(np.float32)
     index = rng.integers(0, count, size)
-    run = quick(lambda v, i: exact_sums(v, i, count))
+    run = jax.jit(lambda v, i: exact_sums(v, i, count))
     order = rng.permutation(size)
-    plain = quick(lambda v, i: jnp.zeros((count, 2)).at[i].add(v))
+    plain = jax.jit(lambda v, i: jnp.zeros((count, 2)).at[i].add(v))
     given = jnp.asarray(values), jnp.asarray(index)
     mixed = given[0][order], given[1][order]
     found = run(*given)
@@ -284,7 +283,7 @@ def test_exact_sums_are_the_same_in_any_order() -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-37, 3e38])
 def test_exact_sums_of_extreme_values(size: float) -> None:
     values = jnp.full((3, 1), size, jnp.float32) * jnp.array([[0.5], [0.25], [0.125]])
-    found = quick(lambda v: exact_sums(v, jnp.zeros(3, jnp.int32), 1))(values)
+    found = jax.jit(lambda v: exact_sums(v, jnp.zeros(3, jnp.int32), 1))(values)
     np.testing.assert_allclose(found, [[0.875 * size]], rtol=1e-6)
 
 

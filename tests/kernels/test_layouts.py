@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from kernels_pallas import layouts
 from kernels_pallas.formats import Format
 from tests.kernels.weights import FORMATS, random_weight
-from tests.quick import quick
 
 N, K, GROUPS = 5, 192, 6
 CHIPS = [layouts.TPU, layouts.GPU]
@@ -19,14 +19,14 @@ def test_repack_and_unpack_are_inverse(layout: layouts.Layout) -> None:
     rng = np.random.default_rng(0)
     given = {n: random_weight(rng, f, N, K, GROUPS)[0] for n, f in FORMATS.items()}
 
-    @quick
+    @jax.jit
     def there(weights: dict[str, layouts.Weight]) -> dict[str, layouts.Weight]:
         return {
             name: layouts.repack(w, FORMATS[name], n=N, k=K, to=layout)
             for name, w in weights.items()
         }
 
-    @quick
+    @jax.jit
     def back(weights: dict[str, layouts.Weight]) -> dict[str, layouts.Weight]:
         return {
             name: layouts.unpack(w, layouts.Stored(FORMATS[name], N, K, GROUPS, layout))

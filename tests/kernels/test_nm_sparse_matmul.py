@@ -29,7 +29,6 @@ from tests.kernels.weights import (
     random_weight,
     stream,
 )
-from tests.quick import quick
 
 V5E, CPU = Target("tpu", "TPU v5 lite"), Target("cpu", "cpu")
 PATTERNS = ((2, 4), (3, 8), (5, 16), (4, 4))
@@ -110,7 +109,7 @@ def test_agrees_with_float64_for_any_size() -> None:
         p: normal(5, rows, 37) for p, rows in zip(PATTERNS, (1, 3, 8, 17), strict=True)
     }
 
-    @quick
+    @jax.jit
     def run(xs: list[Any], weights: list[NMSparse]) -> Any:
         return [
             (
@@ -156,7 +155,7 @@ def test_gradients_are_those_of_the_kept_weights() -> None:
     weight, dense = floating(n, m, 500, k)
     x, dy = normal(7, 3, k), normal(8, 3, 500)
 
-    @quick
+    @jax.jit
     def run(x: Any, values: Any, dy: Any) -> Any:
         def f(x: Any, values: Any) -> Any:
             w = weight._replace(values=values)
@@ -181,7 +180,7 @@ def test_gradients_of_scales_and_zero_points(name: str) -> None:
     scale, zero = weight.values.scale, weight.values.zero
     zero = None if zero is None else zero.astype(jnp.float32)
 
-    @quick
+    @jax.jit
     def run(scale: Any, zero: Any) -> Any:
         def f(scale: Any, zero: Any) -> Any:
             w = weight._replace(values=weight.values._replace(scale=scale, zero=zero))
@@ -208,7 +207,7 @@ def test_tpu_kernel_of_floats_agrees_and_repacking_undoes_itself() -> None:
     x = normal(11, 3, k)
     half = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: NMSparse) -> Any:
         stored = repack(weight, n=n, m=m, k=k, to=TPU)
         back = restore(stored, n=n, m=m, k=k, outputs=rows, layout=TPU)
@@ -244,7 +243,7 @@ def test_tpu_kernel_of_codes_agrees_and_repacking_undoes_itself() -> None:
 
     # Apart from the kernel: the CPU compiler of jax 0.10 fails on bitcasts of bitcasts
     # to codes of 2 bits.
-    @quick
+    @jax.jit
     def store(weights: dict[str, NMSparse]) -> Any:
         to, back = {}, {}
         for name, w in weights.items():
@@ -253,7 +252,7 @@ def test_tpu_kernel_of_codes_agrees_and_repacking_undoes_itself() -> None:
             back[name] = restore(to[name], fmt, **options, **sizes)
         return to, back
 
-    @quick
+    @jax.jit
     def run(x: Any, weights: dict[str, NMSparse]) -> Any:
         options = sizes | {"target": V5E, "interpret": True}
         return {
@@ -273,7 +272,7 @@ def test_gradients_of_the_tpu_layout_are_the_portable_ones() -> None:
     weight, _ = coded("int4", 2, 4, 9, k, 2)
     x = normal(13, 3, k)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: NMSparse) -> Any:
         def loss(x: Any, w: NMSparse, **options: Any) -> Any:
             y = nm_sparse_matmul(x, w, fmt, n=2, m=4, **options)

@@ -14,7 +14,6 @@ from kernels_pallas.layouts import Weight
 from kernels_pallas.quantized_matmul import choose, quantized_matmul, reference, xla
 from kernels_pallas.target import Target, current_target
 from tests.kernels.weights import FORMATS, matmul_bound, random_weight
-from tests.quick import quick
 
 N, K = 13, 96
 GROUPS = (1, 3)
@@ -31,7 +30,7 @@ def test_agrees_with_float64_whole_and_by_rows(name: str) -> None:
     cases = [(*made[g], m) for g, m in ((1, 1), (3, 3), (3, 17))]
     xs = [normal(i, m, K) for i, (_, _, m) in enumerate(cases)]
 
-    @quick
+    @jax.jit
     def run(xs: list[Any], weights: list[Weight]) -> Any:
         pairs = list(zip(xs, weights, strict=True))
         return (
@@ -69,7 +68,7 @@ def test_gradients_are_those_of_the_dense_matmul(name: str, chunk: int) -> None:
     weight, dense = random_weight(np.random.default_rng(3), fmt, N, K, 3)
     x, dy = normal(4, 5, K), normal(5, 5, N)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: Weight, dy: Any) -> Any:
         dx = xla.input_gradient(dy, weight, fmt, k=K, chunk=chunk)
         return dx, xla.scale_gradients(dy, x, weight, fmt, chunk=chunk)
@@ -93,7 +92,7 @@ def test_a_zero_point_that_floats_has_a_gradient() -> None:
     x, dy = normal(7, 2, 3, K), normal(8, 2, 3, N)
     plain = lambda x, w: reference.quantized_matmul(x.reshape(-1, K), w, fmt)
 
-    @quick
+    @jax.jit
     def run(x: Any, scale: Any, zero: Any) -> Any:
         of = lambda x, s, z: (x, weight._replace(scale=s, zero=z))
         ours = jax.vjp(lambda *a: quantized_matmul(*of(*a), fmt), x, scale, zero)[1](dy)

@@ -97,7 +97,6 @@ def test_interpreted_kernel_is_the_float64_product(case: Case) -> None:
                 detect_races=True, uninitialized_memory="nan"
             ),
         ),
-        compiler_options={"xla_backend_optimization_level": 0},
     )
     y = np.asarray(multiply(x, packed(weight, fmt, case.k)))
     assert y.shape == (case.m, 128)

@@ -43,9 +43,6 @@ CASES = (
     Case(384, 3, m=8, after=False, block=1024),
 )
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Interpreted kernels are large to compile and quick to run."""
-
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
@@ -83,7 +80,7 @@ def multiply(x: jax.Array, weight: Weight, fmt: formats.Format, **how: Any) -> A
     """The kernel, of a portable weight."""
     run = functools.partial(tpu.quantized_matmul, fmt=fmt, interpret=True)
     packed = pack(weight, fmt, x.shape[1])
-    return jit(functools.partial(run, **how))(x, packed)[:, : weight.words.shape[0]]
+    return jax.jit(functools.partial(run, **how))(x, packed)[:, : weight.words.shape[0]]
 
 
 def bound(
@@ -120,7 +117,7 @@ def test_agrees_with_float64(name: str) -> None:
 
     packed = {size: pack(weight, fmt, size[0]) for size, (weight, _) in made.items()}
 
-    @jit
+    @jax.jit
     def run(xs: list[jax.Array], weights: dict[Any, Weight]) -> list[jax.Array]:
         return [
             tpu.quantized_matmul(

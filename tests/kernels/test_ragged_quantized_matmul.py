@@ -20,7 +20,6 @@ from kernels_pallas.ragged_quantized_matmul import (
 )
 from kernels_pallas.target import Target
 from tests.kernels.weights import FORMATS, matmul_bound, random_weight
-from tests.quick import quick
 
 N, K, EXPERTS = 13, 256, 4
 M = 37
@@ -57,9 +56,9 @@ def test_every_form_agrees_with_float64(name: str) -> None:
     weight, dense = experts_of(fmt, 2)
     x = normal(0, M, K)
     repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
-    packed = quick(jax.vmap(repack))(weight)
+    packed = jax.jit(jax.vmap(repack))(weight)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: Weight, packed: Weight, sizes: Any) -> Any:
         return (
             reference.ragged_quantized_matmul(x, weight, sizes, fmt),
@@ -84,7 +83,7 @@ def test_the_kernel_is_without_races_and_writes_what_it_should() -> None:
     fmt = formats.INT4
     weight, dense = experts_of(fmt, 2)
     repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
-    packed, x = quick(jax.vmap(repack))(weight), normal(1, M, K)
+    packed, x = jax.jit(jax.vmap(repack))(weight), normal(1, M, K)
     sizes = SIZES["uneven"]
     checks = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with jax.debug_nans(False):
@@ -118,7 +117,7 @@ def test_gradients_are_those_of_the_reference() -> None:
     sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
     x, dy = normal(2, M, K), normal(3, M, N)
 
-    @quick
+    @jax.jit
     def run(x: Any, scale: Any, zero: Any) -> Any:
         def pull(f: Any) -> Any:
             of = lambda x, s, z: f(x, weight._replace(scale=s, zero=z), sizes, fmt)
@@ -134,7 +133,7 @@ def test_the_kernel_takes_half_precision_and_refuses_large_tables() -> None:
     fmt, v5e = formats.INT4, Target("tpu", "TPU v5 lite")
     weight, dense = experts_of(fmt, 2)
     repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
-    packed = quick(jax.vmap(repack))(weight)
+    packed = jax.jit(jax.vmap(repack))(weight)
     x = jnp.asarray(normal(5, M, K), jnp.float16)
     sizes = jnp.asarray(SIZES["uneven"], jnp.int32)
     options: Any = {"n": N, "layout": layouts.TPU, "target": v5e, "interpret": True}

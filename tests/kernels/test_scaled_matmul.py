@@ -21,7 +21,6 @@ from kernels_pallas.scaled_matmul import (
 )
 from kernels_pallas.target import Target
 from tests.kernels.weights import FORMATS, random_weight
-from tests.quick import quick
 
 N, K = 13, 256
 SIGNED = ("int8", "int4", "int3", "int2")
@@ -49,9 +48,9 @@ def test_every_form_agrees_with_float64(name: str) -> None:
     inputs = [random_codes(m, m, K) for m in (1, 17)]
 
     repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
-    packed = [quick(repack)(w) for w, _ in made]
+    packed = [jax.jit(repack)(w) for w, _ in made]
 
-    @quick
+    @jax.jit
     def run(inputs: Any, weights: Any, packed: Any) -> Any:
         pairs = list(zip(inputs, weights, strict=True))
         return (
@@ -100,9 +99,9 @@ def test_fp8_agrees_with_float64(name: str) -> None:
     made = [random_weight(rng, fmt, N, K, groups) for groups in (1, 2)]
     xs = [normal(m, m, K) for m in (1, 17)]
     repack = lambda w: layouts.repack(w, fmt, n=N, k=K, to=layouts.TPU)
-    packed = [quick(repack)(w) for w, _ in made]
+    packed = [jax.jit(repack)(w) for w, _ in made]
 
-    @quick
+    @jax.jit
     def run(xs: Any, weights: Any, packed: Any) -> Any:
         codes = [quantize_rows(x, fmt) for x in xs]
         pairs = list(zip(codes, weights, strict=True))
@@ -136,7 +135,7 @@ def test_gradients_are_straight_through_and_stop_where_a_scale_clips() -> None:
     x, dy = normal(3, 5, K), normal(4, 5, N)
     static = jnp.float32(0.01)
 
-    @quick
+    @jax.jit
     def run(x: Any, weight: Weight, static: Any) -> Any:
         dynamic = lambda x: (int8_matmul(x, weight, fmt) * dy).sum()
         clipped = lambda x, scale, s: (

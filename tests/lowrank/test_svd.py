@@ -25,11 +25,10 @@ from tests.lowrank.weights import (
     decaying,
     draw,
     energy,
-    quick,
     run,
 )
 
-factor = quick(lowrank.svd_weight, static_argnames=("rank", "axes"))
+factor = jax.jit(lowrank.svd_weight, static_argnames=("rank", "axes"))
 
 
 @pytest.mark.parametrize(

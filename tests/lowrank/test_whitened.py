@@ -126,7 +126,6 @@ def model(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["first"]) @ p["second"]
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_model_sees_the_inputs_of_its_factored_weights() -> None:
     """The second weight is fitted to what the first, factored, gives."""
     params = {"first": draw(0, INPUTS, 12), "second": draw(1, 12, OUTPUTS)}

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from tests.quick import quick as quick
-from tests.quick import run as run
+from tests.jitted import run as run
 
 MATRIX = jc.Axes(contract=(-2,))
 STACK = jc.Axes(contract=(-2,), stack=1)

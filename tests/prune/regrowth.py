@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import numpy as np
-
-from tests.quant.wrapping import QUICK
-
-
-def quick(fn: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
-    """`fn` compiled for such arguments, without optimizations."""
-    return jax.jit(fn, **options).lower(*args).compile(compiler_options=QUICK)
 
 
 def dropped(w: np.ndarray, kept: np.ndarray, rate: float) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import prune
-from tests.quant.wrapping import QUICK, run
+from tests.quant.wrapping import run
 
 SHAPES = {
     "first": (3, 3, 3, 16),
@@ -112,7 +112,7 @@ def test_erk_as_a_scope_keeps_the_largest_of_each_layer_on_a_schedule() -> None:
     rule = prune.magnitude(sparsity=schedule, scope=prune.erk())
     scheme = jc.select({"*": rule}, axes=AXES)
     weights, state = run(scheme.init, params(0))
-    update = jax.jit(scheme.update).lower(weights, state).compile(QUICK)
+    update = jax.jit(scheme.update).lower(weights, state).compile()
     shapes = {"small": (4, 10), "large": (40, 50), "stack": (20, 20)}
     for sparsity in (0.0, 0.45, 0.9):
         share = prune.erk()(shapes, sparsity, copies={"stack": 3})

@@ -15,7 +15,7 @@ import jaxcompress as jc
 from jaxcompress.layout import Layout, resolve_axes
 from jaxcompress.prune import from_bcoo, to_bcoo
 from jaxcompress.prune._block_array import store_blocks
-from tests.quick import quick, run
+from tests.jitted import run
 
 # All but the stack hold 40 weights, in rows of 8 if any: one program serves several.
 MATRIX, STACK, CONV, VECTOR = (8, 5), (3, 8, 5), (2, 2, 2, 5), (40,)
@@ -48,10 +48,10 @@ def compressed(shape: tuple[int, ...], sparsity: Any, *others: Any) -> Any:
     return run(compress, normal(shape))
 
 
-dense = quick(jc.materialize)
+dense = jax.jit(jc.materialize)
 
 
-@functools.partial(quick, static_argnames="nse")
+@functools.partial(jax.jit, static_argnames="nse")
 def converted(leaf: Any, nse: int) -> tuple[BCOO, jax.Array]:
     sparse = to_bcoo(leaf, nse=nse)
     return sparse, sparse.todense()
@@ -113,7 +113,7 @@ def test_codes_become_floats_and_products_agree() -> None:
     leaf = compressed(MATRIX, 0.5, jc.quant.int4())
     x = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
 
-    @quick
+    @jax.jit
     def products(leaf: Any, x: jax.Array) -> Any:
         sparse = to_bcoo(leaf, nse=20)
         return sparse.todense(), x @ sparse

@@ -17,7 +17,7 @@ from jaxcompress.prune import BitmaskArray, MaskedArray
 from jaxcompress.prune._bitmask import store
 from jaxcompress.quant import Integer
 from jaxcompress.transform import Oriented
-from tests.quick import quick, run
+from tests.jitted import run
 
 MATRIX, STACK, CONV, VECTOR = (7, 5), (3, 7, 5), (2, 3, 5, 3), (13,)
 AXES: dict[tuple[int, ...], Any] = {STACK: -2, CONV: (-4, -3, -2)}
@@ -60,8 +60,8 @@ def coded(
     return call(both, w, mask)
 
 
-jit_store = quick(store, static_argnums=1, static_argnames="capacity")
-dense = quick(jc.materialize)
+jit_store = jax.jit(store, static_argnums=1, static_argnames="capacity")
+dense = jax.jit(jc.materialize)
 
 
 @pytest.mark.parametrize(

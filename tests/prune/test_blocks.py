@@ -18,7 +18,7 @@ from jaxcompress.leaf import Transpose
 from jaxcompress.prune import BitmaskArray, BlockSparseArray, blocks
 from jaxcompress.prune._block_array import store_blocks
 from kernels_pallas import block_sparse_matmul as kernel
-from tests.quick import quick, run
+from tests.jitted import run
 
 MATRIX, STACK, CONV, VECTOR = (10, 7), (3, 10, 7), (2, 3, 5, 3), (13,)
 AXES: dict[tuple[int, ...], Any] = {STACK: -2, CONV: (-4, -3, -2)}
@@ -113,7 +113,7 @@ def compressed(
     return np.asarray(view), stored
 
 
-dense = quick(jc.materialize)
+dense = jax.jit(jc.materialize)
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
@@ -187,7 +187,7 @@ def test_a_schedule_takes_more_blocks_with_time() -> None:
         sparsity=blocks(sparsity=schedule, shape=(1, 1), scope="row")
     )
     params, state = run(scheme.init, {"w": normal(*MATRIX)})
-    update = quick(scheme.update)
+    update = jax.jit(scheme.update)
     counts = [10]
     for _ in range(2):
         params, state = update(params, state)

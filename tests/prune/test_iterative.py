@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import jaxcompress as jc
-from tests.prune.regrowth import quick
 
 rng = np.random.default_rng(0)
 
@@ -27,7 +26,7 @@ def test_rounds_prune_and_rewind(rewind_to: int, every: int) -> None:
     start = {"w": jnp.asarray(w)}
     params, state = scheme.init(start)
     assert state.memory["w"][0] is not start["w"]
-    update = quick(scheme.update, params, state, donate_argnums=(0, 1))
+    update = jax.jit(scheme.update, donate_argnums=(0, 1))
     kept, early = np.ones((8, 5), bool), w
     sizes = []
     for t in range(1, 3 * every + 1):
@@ -51,7 +50,7 @@ def test_rounds_prune_and_rewind(rewind_to: int, every: int) -> None:
 def test_without_a_rate_weights_are_rewound_and_not_pruned() -> None:
     scheme = jc.prune.iterative(rate=0.0, rounds=1, every=1)
     params, state = jax.jit(scheme.init)({"b": jnp.arange(4.0)})
-    params, state = quick(scheme.update, params, state)({"b": jnp.ones(4)}, state)
+    params, state = jax.jit(scheme.update)({"b": jnp.ones(4)}, state)
     assert params["b"].tolist() == [0.0, 1.0, 2.0, 3.0]
     assert state.masks["b"][0].all()
 
@@ -69,7 +68,7 @@ def test_inside_an_optimizer_weights_return_to_the_last_bit() -> None:
         updates, opt = tx.update(jax.grad(loss)(params), opt, params)
         return optax.apply_updates(params, updates), opt
 
-    step = quick(step, params, opt)
+    step = jax.jit(step)
     seen = [params]
     for _ in range(3):
         params, opt = step(params, opt)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress import prune
 from jaxcompress.leaf import GATE
-from tests.quick import quick, run
+from tests.jitted import run
 
 KEY = jax.random.key(0)
 W = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -98,7 +98,7 @@ def test_gates_span_their_structures(site: str, structures: Any) -> None:
 def test_noise_is_new_at_each_update_and_ends() -> None:
     scheme = prune.l0(key=KEY, end=3, log_alpha=0.0)
     params, state = run(scheme.init, {"w": np.ones((8, 8), np.float32)})
-    view = quick(lambda p, s: scheme.view(p, s)["w"].materialize())
+    view = jax.jit(lambda p, s: scheme.view(p, s)["w"].materialize())
     seen = []
     for step in range(5):
         seen.append(np.asarray(view(params, state)))
@@ -142,7 +142,6 @@ def test_gates_and_weights_have_the_gradients_of_the_product() -> None:
     np.testing.assert_allclose(grads.log_alpha, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_what_was_trained_is_what_is_stored() -> None:
     """Gates half open, bit for bit; shut ones are not stored."""
     rng = np.random.default_rng(4)
@@ -151,7 +150,7 @@ def test_what_was_trained_is_what_is_stored() -> None:
     params, state = run(scheme.init, start)
     params = with_gates(params, rng.normal(size=(50, 37)) * 2)
     shut = int((gate(params["w"].log_alpha) == 0).sum())
-    view = quick(lambda p, s: scheme.view(p, s)["w"].materialize())
+    view = jax.jit(lambda p, s: scheme.view(p, s)["w"].materialize())
     noisy = np.asarray(view(params, state))
     for _ in range(2):
         params, state = scheme.update(params, state)
@@ -175,7 +174,6 @@ def test_only_the_weight_is_decayed_and_both_are_trained_and_sharded() -> None:
     assert (specs.latent, specs.log_alpha) == (P("a", "b"), P(None, "b"))
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_inputs_that_do_not_matter_are_closed_in_training() -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(size=(64, 6)).astype(np.float32)
@@ -209,7 +207,6 @@ def test_inputs_that_do_not_matter_are_closed_in_training() -> None:
     np.testing.assert_allclose(found[:2], [[2, -1], [1, 3]], atol=0.05)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_gates_of_zeros_start_closed_and_the_others_change_nothing() -> None:
     w = np.zeros((6, 2), np.float32)
     w[0, 0], w[2] = 1.0, [-2.0, 0.5]

@@ -19,7 +19,7 @@ from jaxcompress.prune import BitmaskArray, MaskedArray, NMArray, nm
 from jaxcompress.prune._nm import keep_of_groups
 from jaxcompress.prune._nm_array import store_nm
 from kernels_pallas import nm_sparse_matmul as kernel
-from tests.quick import quick, run
+from tests.jitted import run
 
 MATRIX, STACK, CONV, VECTOR = (8, 5), (3, 8, 5), (2, 3, 5, 3), (13,)
 AXES: dict[tuple[int, ...], Any] = {STACK: -2, CONV: (-4, -3, -2)}
@@ -54,7 +54,7 @@ def expected_mask(score: np.ndarray, n: int, m: int) -> np.ndarray:
     return kept
 
 
-@quick
+@jax.jit
 def _mask(score: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(keep_of_groups(score, n, m) for n, m in PATTERNS)
 
@@ -111,7 +111,7 @@ def shapes(shape: tuple[int, ...], fmt: jc.quant.NumberFormat | None = None) -> 
     return jax.eval_shape(compressing(shape, fmt), jnp.asarray(normal(*shape)))[1]
 
 
-dense = quick(jc.materialize)
+dense = jax.jit(jc.materialize)
 
 
 @pytest.mark.parametrize("shape", [MATRIX, STACK, CONV, VECTOR], ids=str)

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+from tests.jitted import run
 from tests.lift.programs import mesh
-from tests.prune.regrowth import dropped, moved, quick
-from tests.quick import QUICK, run
+from tests.prune.regrowth import dropped, moved
 
 KEY = jax.random.key(3)
 rng = np.random.default_rng(0)
@@ -35,8 +35,8 @@ def test_what_grows_has_the_largest_gradient() -> None:
     fraction = jc.schedules.cosine(0.6, 0.0, begin=0, end=7)
     scheme = jc.prune.rigl(sparsity=0.7, key=KEY, fraction=fraction, every=2, until=7)
     start = {"w": jnp.asarray(draw(8, 6))}
-    params, state = quick(scheme.init, start)(start)
-    update = quick(lambda p, s, g: scheme.update(p, s, grads=g), params, state, params)
+    params, state = jax.jit(scheme.init)(start)
+    update = jax.jit(lambda p, s, g: scheme.update(p, s, grads=g))
     kept = np.asarray(state.masks["w"][0])
     assert kept.sum() == 48 - 34
     changes = 0
@@ -53,8 +53,8 @@ def test_what_grows_has_the_largest_gradient() -> None:
 
 
 SMALL = jc.prune.rigl(sparsity=0.5, key=KEY, fraction=0.25, every=1)
-first = jax.jit(SMALL.init, compiler_options=QUICK)
-following = jax.jit(lambda p, s, g: SMALL.update(p, s, grads=g), compiler_options=QUICK)
+first = jax.jit(SMALL.init)
+following = jax.jit(lambda p, s, g: SMALL.update(p, s, grads=g))
 
 
 def test_a_weight_dropped_with_the_largest_gradient_stays_with_its_value() -> None:
@@ -123,7 +123,7 @@ def test_an_optimizer_never_moves_what_is_pruned() -> None:
             updates, opt = tx.update(jax.grad(view)(params), opt, params)
             return optax.apply_updates(params, updates), opt
 
-        step = quick(step, params, opt)
+        step = jax.jit(step)
         grown = 0
         for _ in range(6):
             before = np.asarray(jc.prune.masks(opt)["w"][0])
@@ -138,7 +138,7 @@ def test_an_optimizer_never_moves_what_is_pruned() -> None:
 def test_gradients_can_be_masked_for_the_optimizer() -> None:
     scheme = jc.select({"w": jc.prune.rigl(sparsity=0.6, key=KEY)})
     params = {"w": jnp.asarray(draw(8, 6)), "b": jnp.ones(6)}
-    _, state = quick(scheme.init, params)(params)
+    _, state = jax.jit(scheme.init)(params)
     grads = {"w": jnp.asarray(draw(8, 6)), "b": jnp.full(6, 2.0)}
     found = jc.prune.mask_gradients(grads, state)
     (kept,) = jc.prune.masks(state)["w"]
@@ -169,5 +169,5 @@ def test_masks_are_the_same_on_eight_devices() -> None:
     w, g = jnp.asarray(halves(32, 16)), jnp.asarray(halves(32, 16))
     spread = NamedSharding(mesh(), P(None, "d"))
     placed = jax.device_put(w, spread), jax.device_put(g, spread)
-    found = quick(twice, *placed)(*placed)
-    np.testing.assert_array_equal(found, quick(twice, w, g)(w, g))
+    found = jax.jit(twice)(*placed)
+    np.testing.assert_array_equal(found, jax.jit(twice)(w, g))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress.transform import Site, leaf_key
 from tests.lift.programs import mesh
-from tests.prune.regrowth import dropped, moved, quick
-from tests.quick import QUICK
+from tests.prune.regrowth import dropped, moved
 
 KEY = jax.random.key(7)
 
@@ -27,7 +25,7 @@ def weights(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(values, shape)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def drawn(step: jax.Array) -> jax.Array:
     """What grows at a step, for the weight of `run`."""
     key = jax.random.fold_in(leaf_key(KEY, Site("w", 0, None)), step)
@@ -37,8 +35,8 @@ def drawn(step: jax.Array) -> jax.Array:
 def run(scheme: jc.Transform, steps: int) -> list[tuple[np.ndarray, Any, Any]]:
     """At each step the weights before the update, and params and state after."""
     start = {"w": jnp.asarray(weights(0, 8, 6))}
-    params, state = quick(scheme.init, start)(start)
-    update = quick(scheme.update, params, state)
+    params, state = jax.jit(scheme.init)(start)
+    update = jax.jit(scheme.update)
     history = [(np.zeros(0), params, state)]
     for t in range(1, steps + 1):
         w = np.where(state.masks["w"][0], weights(t, 8, 6), 0).astype(np.float32)
@@ -87,7 +85,7 @@ def test_each_layer_of_a_stack_drops_its_own() -> None:
         params, state = scheme.init({"w": w})
         return state, scheme.update(params, state)[1]
 
-    state, after = quick(first_two, jnp.asarray(w))(jnp.asarray(w))
+    state, after = jax.jit(first_two)(jnp.asarray(w))
     was, now = np.asarray(state.masks["w"][0]), np.asarray(after.masks["w"][0])
     for layer in range(3):
         gone = np.zeros(24, bool)
@@ -107,7 +105,7 @@ def test_layers_exchange_weights_in_global_scope() -> None:
 
         return jax.lax.scan(step, scheme.init(params)[1], length=3)[1]
 
-    sizes = np.asarray(quick(count, params)(params))
+    sizes = np.asarray(jax.jit(count)(params))
     assert (sizes.sum(1) == 48).all()
     assert len(np.unique(sizes, axis=0)) > 1
 
@@ -122,7 +120,7 @@ def test_an_allocation_gives_each_layer_its_size_for_good() -> None:
         params, state = scheme.init(params)
         return state, scheme.update(params, state)[1]
 
-    state, after = quick(first_two, params)(params)
+    state, after = jax.jit(first_two)(params)
     sizes = [[int(m.sum()) for (m,) in s.masks.values()] for s in (state, after)]
     assert sizes[0] == sizes[1]
     assert abs(sum(sizes[0]) - 0.3 * 576) <= 1
@@ -156,8 +154,8 @@ def test_masks_are_the_same_on_eight_devices() -> None:
 
     spread = jax.device_put(w, NamedSharding(mesh(), P("d", None)))
     assert len(spread.sharding.device_set) == 8
-    found = quick(twice, spread)(spread)
-    np.testing.assert_array_equal(found, quick(twice, w)(w))
+    found = jax.jit(twice)(spread)
+    np.testing.assert_array_equal(found, jax.jit(twice)(w))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from jaxcompress.prune import (
     sparsegpt_weight,
     wanda_weight,
 )
-from tests.quick import run
+from tests.jitted import run
 
 K, R = 22, 4
 DAMPING = 0.01
@@ -200,7 +200,6 @@ def model(p: Any, x: jax.Array) -> jax.Array:
     return jax.lax.scan(step, x, p["layers"])[0] @ p["out"]
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_the_sweep(tmp_path: Any) -> None:
     x, w = problem()
     x = x / 4

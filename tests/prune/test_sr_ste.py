@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from tests.prune.regrowth import quick
-from tests.quick import run
+from tests.jitted import run
 
 rng = np.random.default_rng(0)
 
@@ -49,7 +48,7 @@ def test_the_gradient_is_that_of_equation_9(n: int, m: int, decay: float) -> Non
         return jax.grad(loss)(params)
 
     start = {"w": jnp.asarray(w)}
-    grad = np.asarray(quick(gradient, start)(start)["w"])
+    grad = np.asarray(jax.jit(gradient)(start)["w"])
     mask = kept(w, n, m)
     masked = np.where(mask, w, 0).astype(np.float64)
     dense = 2 * X.T.astype(np.float64) @ (X @ masked - TARGET)
@@ -68,7 +67,7 @@ def test_a_weight_used_twice_decays_once() -> None:
         loss = lambda p: (2.0 * (w := view(p))).sum() + w.sum()
         return jax.grad(loss)(params)["w"]
 
-    grad = quick(gradient, params)(params)
+    grad = jax.jit(gradient)(params)
     w = np.asarray(params["w"])
     np.testing.assert_allclose(grad, 3 + 0.5 * ~kept(w, 2, 4) * w, rtol=1e-6)
 
@@ -76,8 +75,8 @@ def test_a_weight_used_twice_decays_once() -> None:
 def test_masks_follow_the_weights_which_stay_dense() -> None:
     scheme = jc.prune.sr_ste()
     start = {"w": jnp.asarray(draw(12, 5))}
-    params, state = quick(scheme.init, start)(start)
-    update = quick(scheme.update, params, state)
+    params, state = jax.jit(scheme.init)(start)
+    update = jax.jit(scheme.update)
     for _ in range(3):
         before = np.asarray(state.masks["w"][0])
         w = draw(12, 5)
@@ -112,7 +111,7 @@ def test_the_second_term_settles_which_weights_are_masked() -> None:
             return after, (state.masks["w"][0] != after[1].masks["w"][0]).sum()
 
         run = lambda start: jax.lax.scan(step, scheme.init(start), length=60)[1]
-        return int(quick(run, start)(start)[30:].sum())
+        return int(jax.jit(run)(start)[30:].sum())
 
     assert swaps(1.0) < swaps(0.0) / 2
 

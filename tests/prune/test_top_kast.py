@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from tests.prune.regrowth import quick
-from tests.quick import run
+from tests.jitted import run
 
 rng = np.random.default_rng(0)
 
@@ -41,7 +40,7 @@ def test_sets_are_chosen_anew_from_dense_weights(name: str) -> None:
     scheme = SCHEMES[name]
     w = draw(8, 5)
     start = {"w": jnp.asarray(w)}
-    params, state = quick(scheme.init, start)(start)
+    params, state = jax.jit(scheme.init)(start)
     target = jnp.asarray(draw(8, 5) + 0.125)
 
     def look(params: Any, state: Any) -> tuple[jax.Array, jax.Array]:
@@ -49,8 +48,8 @@ def test_sets_are_chosen_anew_from_dense_weights(name: str) -> None:
         loss = lambda p: ((value(p) - target) ** 2).sum()
         return value(params), jax.grad(loss)(params)["w"]
 
-    look = quick(look, params, state)
-    update = quick(scheme.update, params, state)
+    look = jax.jit(look)
+    update = jax.jit(scheme.update)
     came_back = 0
     forward = top(w, 10)
     backward = top(w, 24) if name == "top_kast" else np.ones_like(forward)
@@ -139,7 +138,7 @@ def test_training_brings_back_a_weight_that_the_mask_hid() -> None:
             return scheme.update(moved, state)
 
         run = lambda start: jax.lax.fori_loop(0, 12, step, scheme.init(start))
-        return np.asarray(quick(run, start)(start)[1].masks["w"][0]).ravel()
+        return np.asarray(jax.jit(run)(start)[1].masks["w"][0]).ravel()
 
     assert trained(jc.prune.straight_through(sparsity=0.75)).tolist() == [0, 0, 1, 0]
     assert trained(jc.prune.magnitude(sparsity=0.75)).tolist() == [1, 0, 0, 0]

@@ -12,7 +12,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.lift import statistics
 from jaxcompress.prune import BitmaskArray, NMArray, nm, scores, wanda_weight
-from tests.quick import run
+from tests.jitted import run
 
 K, R = 12, 5
 
@@ -94,7 +94,6 @@ def model(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["a"]) @ p["b"]
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_the_sweep_sees_pruned_inputs() -> None:
     x, w = problem()
     b = np.random.default_rng(1).normal(size=(R, K)).astype(np.float32)

@@ -15,7 +15,7 @@ from jaxcompress import quant as q
 from jaxcompress.layout import Axes
 from jaxcompress.lift import Statistics, statistics
 from jaxcompress.quant._adaround import adaround_weight
-from tests.quant.wrapping import materialize, quantize, quick
+from tests.quant.wrapping import materialize, quantize
 
 K, R = 8, 5
 UNSIGNED = q.int2(group_size=4, symmetric=False)
@@ -30,7 +30,7 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), rng.normal(size=(K, R)).astype(np.float32)
 
 
-moments = quick(functools.partial(statistics, gram=True))
+moments = jax.jit(functools.partial(statistics, gram=True))
 learned = jax.jit(
     functools.partial(adaround_weight, **SHORT),
     static_argnames=("fmt", "axes", "regularization"),

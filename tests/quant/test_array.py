@@ -16,12 +16,11 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.leaf import Cast, Reshape, Transpose
-from tests.quick import quick
 
-quantize = quick(q.quantize, static_argnames=("fmt", "axes"))
-materialize = quick(jc.materialize)
-unpack = quick(lambda leaf: leaf.unpack())
-codes_of = quick(lambda leaf: (leaf.elements(), leaf.codes()))
+quantize = jax.jit(q.quantize, static_argnames=("fmt", "axes"))
+materialize = jax.jit(jc.materialize)
+unpack = jax.jit(lambda leaf: leaf.unpack())
+codes_of = jax.jit(lambda leaf: (leaf.elements(), leaf.codes()))
 
 
 def abstract(*shape: int, fmt: q.NumberFormat, axes: Any = None) -> q.QuantizedArray:
@@ -76,7 +75,7 @@ def test_unpacking_and_packing_again_changes_nothing(bits: int) -> None:
     assert (loose.packed, loose.words.shape, loose.pad) == (False, (11, 3), 0)
     assert loose.unpack() is loose
     assert leaf.pack() is leaf
-    again = quick(lambda leaf: leaf.pack())(loose)
+    again = jax.jit(lambda leaf: leaf.pack())(loose)
     assert jax.tree.structure(again) == jax.tree.structure(leaf)
     np.testing.assert_array_equal(again.words, leaf.words)
     np.testing.assert_array_equal(materialize(loose), materialize(leaf))

@@ -14,7 +14,6 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.layout import Axes
 from jaxcompress.lift._tracked import LiftError
-from tests.quick import quick
 
 q = jc.quant
 BATCH, LENGTH, HEADS, DIM, WIDTH, LAYERS = 2, 20, 2, 32, 16, 3
@@ -75,13 +74,13 @@ def empty(fmt: Any, *stack: int) -> dict[str, Any]:
     return {n: make((*stack, *SHAPE), fmt) for n in ("k", "v")}
 
 
-make = quick(q.kv_cache, static_argnums=(0, 1), static_argnames="dtype")
+make = jax.jit(q.kv_cache, static_argnums=(0, 1), static_argnames="dtype")
 
 
-read = quick(jc.materialize)
+read = jax.jit(jc.materialize)
 
 
-@functools.partial(quick, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def pack(x: jax.Array, fmt: Any, contract: int = -1) -> q.QuantizedArray:
     """Quantized outside of what is tested, in one compilation."""
     axes = Axes(contract=(contract,), stack=x.ndim + min(contract, -1))
@@ -111,7 +110,7 @@ def assert_close(actual: Any, expected: Any, atol: float = 2e-5) -> None:
 @functools.cache
 def decoded(fmt: Any) -> Any:
     """Caches and outputs of the quantized run, once for all tests."""
-    run = quick(jc.lift(decode, on_dense="error"))
+    run = jax.jit(jc.lift(decode, on_dense="error"))
     return run(params(), empty(fmt), draw(9, LENGTH, BATCH, WIDTH))
 
 
@@ -120,7 +119,7 @@ def test_decoding_equals_the_dense_function_on_rounded_vectors(name: str) -> Non
     fmt = FORMATS[name]
     caches, ys = decoded(fmt)
     assert_same_form(caches, empty(fmt))
-    expected, outs = quick(functools.partial(decode, rounded=rounding(fmt)))(
+    expected, outs = jax.jit(functools.partial(decode, rounded=rounding(fmt)))(
         params(), dense(), draw(9, LENGTH, BATCH, WIDTH)
     )
     assert_close(ys, outs)
@@ -132,7 +131,7 @@ def test_decoding_equals_the_dense_function_on_rounded_vectors(name: str) -> Non
 def test_what_is_written_reads_back_as_quantize_gives_it(fmt: Any) -> None:
     new, zero = draw(0, BATCH, 2, HEADS, DIM), jnp.int32(0)
     place = lambda c, u, i: jax.lax.dynamic_update_slice(c, u, (zero, i, zero, zero))
-    written = quick(jc.lift(place, on_dense="error"))(
+    written = jax.jit(jc.lift(place, on_dense="error"))(
         make(SHAPE, fmt), new, jnp.int32(3)
     )
     values, expected = read(written), read(pack(new, fmt))
@@ -140,7 +139,7 @@ def test_what_is_written_reads_back_as_quantize_gives_it(fmt: Any) -> None:
     assert np.flatnonzero(np.asarray(values).any((0, 2, 3))).tolist() == [3, 4]
 
 
-step = quick(
+step = jax.jit(
     jc.lift(functools.partial(attend, rounded=lambda x: x), on_dense="error"),
     donate_argnums=1,
 )
@@ -158,7 +157,7 @@ def test_token_by_token_in_place_equals_the_scan() -> None:
 
 def test_error_is_within_half_a_scale_and_ends_in_nearly_the_same_output() -> None:
     xs = draw(9, LENGTH, BATCH, WIDTH)
-    true, outs = quick(decode)(params(), dense(), xs)
+    true, outs = jax.jit(decode)(params(), dense(), xs)
     errors = []
     for fmt, high in ((FORMATS["int8"], 127), (FORMATS["int4 groups"], 7)):
         caches, ys = decoded(fmt)
@@ -178,7 +177,7 @@ def test_only_the_written_bytes_change() -> None:
     cache = pack(draw(0, *SHAPE), fmt)
     update = np.asarray(draw(1, BATCH, 3, HEADS, DIM), np.float64)
     write = lambda c, u, i: jax.lax.dynamic_update_slice_in_dim(c, u, i, 1)
-    after = quick(jc.lift(write))(
+    after = jax.jit(jc.lift(write))(
         cache, jnp.asarray(update, jnp.float32), jnp.int32(18)
     )
     start = LENGTH - 3  # Clamped, as the operation says.
@@ -211,7 +210,7 @@ def test_only_the_written_bytes_change() -> None:
 def test_scattered_tokens_are_written(place: Any) -> None:
     fmt, before, new = q.int8(), draw(0, *SHAPE), draw(1, BATCH, HEADS, DIM)
     cache = pack(before, fmt)
-    after = quick(jc.lift(place, on_dense="error"))(cache, new)
+    after = jax.jit(jc.lift(place, on_dense="error"))(cache, new)
     assert_same_form(after, cache)
     expected = place(read(cache), read(pack(new, fmt)))
     np.testing.assert_array_equal(read(after), expected)
@@ -240,7 +239,7 @@ def test_channels_are_normalized_before_rounding_and_back_after_it() -> None:
 
     new = jnp.asarray(keys[1, :, 5:8], jnp.float32)
     x, layer = draw(4, BATCH, HEADS, DIM), jnp.int32(1)
-    after, scores = quick(jc.lift(step, on_dense="error"))(cache, new, x, layer)
+    after, scores = jax.jit(jc.lift(step, on_dense="error"))(cache, new, x, layer)
     assert_same_form(after, cache)
     mean, deviation = (np.float64(a)[1] for a in sides.values())
     normal = (np.float64(new) - mean) / deviation
@@ -263,7 +262,7 @@ def test_normalized_channels_are_scattered_where_all_entries_share_them() -> Non
     cache = q.kv_cache(SHAPE, q.int8(), **one)
     new = jnp.asarray(keys[0, :, 4], jnp.float32)
     place = lambda c, u: c.at[:, 4].set(u)
-    after = quick(jc.lift(place, on_dense="error"))(cache, new)
+    after = jax.jit(jc.lift(place, on_dense="error"))(cache, new)
     assert_same_form(after, cache)
     np.testing.assert_allclose(read(after)[:, 4], new, atol=0.2)
     with pytest.raises(LiftError, match="is made dense"):  # Means of one layer each.
@@ -282,7 +281,7 @@ def test_a_channel_that_never_varied_is_written_as_it_is() -> None:
     deviation = jnp.ones((1, 1, 1, DIM)).at[..., 5].set(0.0)
     cache = q.kv_cache(SHAPE, q.int8(), deviation=deviation)
     new = draw(2, BATCH, HEADS, DIM)
-    after = quick(jc.lift(lambda c, u: c.at[:, 4].set(u)))(cache, new)
+    after = jax.jit(jc.lift(lambda c, u: c.at[:, 4].set(u)))(cache, new)
     np.testing.assert_array_equal(read(after)[:, 4], read(pack(new, q.int8())))
 
 
@@ -301,7 +300,7 @@ def test_scattering_part_of_a_vector_turns_dense() -> None:
         lambda c, u: c.at[:, 1].add(1.0),
     ]
     run = lambda c, u: [fn(c, u) for fn in programs]
-    found, expected = quick(jc.lift(run))(cache, part), run(read(cache), part)
+    found, expected = jax.jit(jc.lift(run))(cache, part), run(read(cache), part)
     for fn, a, b in zip(programs, found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
         with pytest.raises(LiftError, match="is made dense"):
@@ -318,8 +317,8 @@ def test_caches_of_scanned_layers_are_scanned() -> None:
 
         return jax.lax.scan(layer, x, (p, caches))
 
-    run = quick(jc.lift(functools.partial(step, rounded=lambda x: x)))
-    expected = quick(functools.partial(step, rounded=rounding(fmt)))
+    run = jax.jit(jc.lift(functools.partial(step, rounded=lambda x: x)))
+    expected = jax.jit(functools.partial(step, rounded=rounding(fmt)))
     caches, exact = empty(fmt, LAYERS), dense(LAYERS)
     for i in range(3):
         x = draw(9 + i, BATCH, WIDTH)
@@ -349,7 +348,7 @@ def test_a_cache_is_carried_through_while_and_cond() -> None:
         return jax.lax.while_loop(lambda s: s[0] < n, body, start)
 
     before = empty(fmt)
-    run = quick(jc.lift(generate, on_dense="error"))
+    run = jax.jit(jc.lift(generate, on_dense="error"))
     _, caches, y = run(params(), before, xs, jnp.int32(3))
     assert_same_form(caches, before)
     found = read(caches["k"])
@@ -369,7 +368,9 @@ def test_keys_and_queries_multiply_as_integers() -> None:
     assert site.how == "int8 dot"
     exact = np.einsum("bhd,bkhd->bhk", x, read(cache))
     bound = np.abs(x).max(-1)[..., None] / 254 * np.abs(read(cache)).sum(-1).max()
-    assert (np.abs(np.asarray(quick(jc.lift(scores))(cache, x)) - exact) <= bound).all()
+    assert (
+        np.abs(np.asarray(jax.jit(jc.lift(scores))(cache, x)) - exact) <= bound
+    ).all()
 
 
 def test_flax_attention_decodes_from_it() -> None:
@@ -377,10 +378,10 @@ def test_flax_attention_decodes_from_it() -> None:
         num_heads=HEADS, qkv_features=HEADS * DIM, decode=True
     )
     x = draw(0, BATCH, 6, WIDTH)
-    variables: Any = quick(model.init)(jax.random.key(0), x)
+    variables: Any = jax.jit(model.init)(jax.random.key(0), x)
     weights, cache = variables["params"], variables["cache"]
     quantized = {n: make(c.shape, q.int8()) if c.ndim else c for n, c in cache.items()}
-    step = quick(jc.lift(lambda v, x: model.apply(v, x, mutable=("cache",))))
+    step = jax.jit(jc.lift(lambda v, x: model.apply(v, x, mutable=("cache",))))
     for i in range(3):
         before = quantized
         y, new = step({"params": weights, "cache": quantized}, x[:, i : i + 1])
@@ -428,7 +429,7 @@ def test_scales_shared_by_tokens_cannot_be_written_apart() -> None:
     tensor = q.int8(granularity=q.PerTensor(), axes=Axes(contract=(-1,)))
     leaves = [pack(w, tensor), pack(w, q.int8(), -2)]
     row = jnp.ones((1, 8))
-    found = quick(jc.lift(lambda leaves, row: [fn(w, row) for w in leaves]))
+    found = jax.jit(jc.lift(lambda leaves, row: [fn(w, row) for w in leaves]))
     for leaf, after in zip(leaves, found(leaves, row), strict=True):
         assert isinstance(after, jax.Array)
         np.testing.assert_array_equal(after, fn(read(leaf), row))
@@ -438,7 +439,7 @@ def test_a_layer_is_overwritten_and_a_leaf_handed_back_whole_is_the_leaf() -> No
     stack = pack(draw(0, LAYERS, 16, 8), q.int4(group_size=8), -2)
     new = draw(1, 16, 8)
     run = lambda w, new: (w.at[1].set(new), w, w[1], w[::-1])
-    after, whole, part, turned = quick(jc.lift(run))(stack, new)
+    after, whole, part, turned = jax.jit(jc.lift(run))(stack, new)
     assert_same_form(after, stack)
     layers, before = np.asarray(read(after)), np.asarray(read(stack))
     np.testing.assert_array_equal(layers[::2], before[::2])

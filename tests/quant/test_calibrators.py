@@ -15,14 +15,13 @@ from jaxcompress import quant as q
 from jaxcompress.lift import Statistics, statistics
 from jaxcompress.lift._histogram import SAMPLE, sample_rows
 from jaxcompress.quant._histogram_ranges import equal_bins
-from tests.quick import quick
 
 INT8 = q.Integer(bits=8)
 INT4 = q.Integer(bits=4)
 UINT4 = q.Integer(bits=4, symmetric=False, narrow=False)
 UINT8 = q.Integer(bits=8, symmetric=False, narrow=False)
 
-find = quick(q.activation_range, static_argnames=("activations", "method"))
+find = jax.jit(q.activation_range, static_argnames=("activations", "method"))
 
 
 def rows(seed: int = 0) -> np.ndarray:
@@ -213,7 +212,7 @@ def test_every_leaf_has_the_scale_of_its_own_path() -> None:
         for a, b in zip(found, find(stats[path], q.static(UINT8)), strict=True):
             np.testing.assert_array_equal(a.ravel(), jnp.ravel(b))
     assert packed["layers"].activation_scale.shape == (3, 1, 1)
-    exact, found = model(p, x), quick(jc.lift(model))(packed, x)
+    exact, found = model(p, x), jax.jit(jc.lift(model))(packed, x)
     assert jnp.linalg.norm(found - exact) < 0.05 * jnp.linalg.norm(exact)
 
 

@@ -15,7 +15,6 @@ import jaxcompress as jc
 from jaxcompress.quant import E2M1, E2M3, E3M2, E4M3, E5M2, Integer, Minifloat, Table
 from jaxcompress.quant._elements import NF4
 from jaxcompress.quant._rounding import floor_log2, power_of_two, round_to_integer
-from tests.quick import quick
 
 FLOATS: dict[str, tuple[Minifloat, Any]] = {
     "e4m3": (E4M3, ml_dtypes.float8_e4m3fn),
@@ -27,11 +26,11 @@ FLOATS: dict[str, tuple[Minifloat, Any]] = {
 floats = pytest.mark.parametrize("name", FLOATS)
 NORMAL = NormalDist()
 
-encode = quick(
+encode = jax.jit(
     lambda element, x, rounding, noise=None: element.encode(x, rounding, noise),
     static_argnums=(0, 2),
 )
-decode = quick(lambda element, codes: element.decode(codes), static_argnums=0)
+decode = jax.jit(lambda element, codes: element.decode(codes), static_argnums=0)
 
 
 def all_codes(bits: int) -> np.ndarray:

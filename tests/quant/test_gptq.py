@@ -18,7 +18,7 @@ from jaxcompress.quant import _feedback
 from jaxcompress.quant._gptq import factorize, gptq_weight
 from jaxcompress.quant._reconstruct import lay
 from jaxcompress.quant._steps import static_steps
-from tests.quant.wrapping import materialize, quantize, quick
+from tests.quant.wrapping import materialize, quantize
 
 K, R = 24, 6
 DAMPING = 0.01
@@ -37,7 +37,7 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), rng.normal(size=(K, R)).astype(np.float32)
 
 
-moments = quick(functools.partial(statistics, gram=True))
+moments = jax.jit(functools.partial(statistics, gram=True))
 
 
 def seen(x: np.ndarray) -> Statistics:

@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.quant._rounding import round_scale
-from tests.quant.wrapping import quick
 
 KEY = jax.random.key(0)
 
 
-@functools.partial(quick, static_argnames=("fmt", "axes"))
+@functools.partial(jax.jit, static_argnames=("fmt", "axes"))
 def both(w: Any, fmt: q.NumberFormat, axes: Any = None, key: Any = None) -> Any:
     """The leaf and its dense values."""
     leaf = q.quantize(w, fmt, axes=axes, key=key)

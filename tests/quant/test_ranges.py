@@ -12,10 +12,9 @@ import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.lift import statistics
 from jaxcompress.quant._quantize import encode
-from tests.quick import quick
 
-quantize = quick(q.quantize, static_argnames=("fmt", "axes"))
-dense = quick(lambda leaf: leaf.materialize())
+quantize = jax.jit(q.quantize, static_argnames=("fmt", "axes"))
+dense = jax.jit(lambda leaf: leaf.materialize())
 
 
 def gaussian(seed: int, *shape: int) -> np.ndarray:
@@ -143,7 +142,7 @@ def test_importance_says_which_errors_count() -> None:
     def run(w: Any, importance: Any, axes: Any = None) -> Any:
         return encode(w, fmt, axes=axes, importance=importance).materialize()
 
-    run = quick(run, static_argnames="axes")
+    run = jax.jit(run, static_argnames="axes")
     found = np.asarray(run(w, importance.reshape(2, 32), axes))
     assert (found[0, 1, 7] < 4).all()
     assert (np.abs(found[1, 1, 7] - 8) < 1).all()
@@ -160,7 +159,7 @@ def test_moments_of_the_inputs_weigh_errors_of_a_blocks_outputs(fmt: Any) -> Non
     w[0, 3, 1] = 6.0
     x = x + 2 * x[..., :1]
     gram = np.swapaxes(x, 1, 2) @ x
-    run = quick(lambda w, g: encode(w, fmt, axes=-2, importance=g).materialize())
+    run = jax.jit(lambda w, g: encode(w, fmt, axes=-2, importance=g).materialize())
     size = fmt.granularity.size if hasattr(fmt.granularity, "size") else 32
 
     def errors(importance: np.ndarray) -> np.ndarray:
@@ -189,7 +188,7 @@ def test_an_expert_that_saw_nothing_has_the_range_of_its_weights(gram: bool) -> 
         leaves = q.round_weight(w, fmt, stats), q.quantize(w, fmt)
         return [leaf.materialize() for leaf in leaves]
 
-    found, plain = map(np.asarray, quick(run)(w, x))
+    found, plain = map(np.asarray, jax.jit(run)(w, x))
     np.testing.assert_array_equal(found[1], plain[1])
     assert (found[0] != plain[0]).any()
 

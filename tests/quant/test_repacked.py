@@ -15,8 +15,9 @@ import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.quant import _repacked, _weight_only
 from kernels_pallas.quantized_matmul import quantized_matmul
+from kernels_pallas.ragged_quantized_matmul import ragged_quantized_matmul
 from kernels_pallas.target import Target
-from tests.quant.wrapping import materialize, quantize, quick, run
+from tests.quant.wrapping import materialize, quantize, run
 
 V5E = Target("tpu", "TPU v5 lite")
 
@@ -55,7 +56,7 @@ def make() -> tuple[dict[str, Any], dict[str, Any]]:
         }
         return leaves, jc.materialize(leaves)
 
-    return quick(all_of)(
+    return jax.jit(all_of)(
         {
             name: normal(i, *shape)
             for i, (name, (shape, _, _)) in enumerate(WEIGHTS.items())
@@ -95,6 +96,8 @@ def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "current_target", lambda: V5E)
     interpreted = functools.partial(quantized_matmul, target=V5E, interpret=True)
     monkeypatch.setattr(_weight_only, "quantized_matmul", interpreted)
+    interpreted = functools.partial(ragged_quantized_matmul, target=V5E, interpret=True)
+    monkeypatch.setattr(_weight_only, "ragged_quantized_matmul", interpreted)
 
 
 @pytest.mark.usefixtures("on_tpu")
@@ -112,6 +115,22 @@ def test_lift_runs_the_kernel_on_its_device() -> None:
     y, w = run(lambda leaf, x: (jc.lift(fn)(leaf, x), jc.materialize(leaf)), leaf, x)
     exact = np.einsum("bi,sio->sbo", x.astype(np.float64), w)
     np.testing.assert_allclose(y, exact, atol=1e-3)
+
+
+@pytest.mark.usefixtures("on_tpu")
+def test_experts_run_by_the_ragged_kernel_on_its_device() -> None:
+    make = lambda w: q.repack(
+        q.quantize(w, q.int4(group_size=128), axes=STACK), to="tpu"
+    )
+    leaf, x = run(make, normal(6, 2, 256, 24)), normal(7, 5, 256)
+    sizes = jnp.array([3, 2], jnp.int32)
+    fn = lambda w, x, n: jax.lax.ragged_dot(x, w, n)
+    assert [s.how for s in jc.explain(fn, leaf, x, sizes)] == ["int4 ragged TPU kernel"]
+    y, w = run(
+        lambda leaf, x: (jc.lift(fn)(leaf, x, sizes), jc.materialize(leaf)), leaf, x
+    )
+    w, x = np.float64(w), np.float64(x)
+    np.testing.assert_allclose(y, np.r_[x[:3] @ w[0], x[3:] @ w[1]], atol=1e-3)
 
 
 def test_elsewhere_it_is_dequantized() -> None:

@@ -119,6 +119,70 @@ def test_many_rows_of_a_small_weight_are_multiplied_dense(rows: int, how: str) -
     assert how in site.how
 
 
+def ragged(rows_of: str) -> tuple[Any, jc.Axes, tuple[int, ...]]:
+    """A ragged dot by experts ``[E, in, out]`` or ``[E, out, in]``, sizes as given."""
+    k = {"in": 1, "out": 2}[rows_of]
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (k,)), ((), ())),
+        lhs_ragged_dimensions=(0,),
+        rhs_group_dimensions=(0,),
+    )
+    fn = lambda w, x, sizes: jax.lax.ragged_dot_general(x, w, sizes, numbers)
+    shape = (3, K, N) if rows_of == "in" else (3, N, K)
+    return fn, jc.Axes(contract=(k - 3,), stack=1), shape
+
+
+@pytest.mark.parametrize("rows_of", ["in", "out"])
+def test_experts_run_by_the_ragged_kernel(rows_of: str) -> None:
+    fn, axes, shape = ragged(rows_of)
+    leaf = quantize(normal(9, *shape), q.int4(group_size=64), axes=axes)
+    x, sizes = normal(10, 9, K), jnp.array([2, 0, 5], jnp.int32)
+    (site,) = jc.explain(fn, leaf, x, sizes)
+    assert site.how == "int4 dequantized by experts"
+
+    def both(leaf: Any, x: Any) -> Any:
+        dense = leaf.materialize()
+        loss = lambda fn, w: lambda x: jnp.sin(fn(w, x, sizes)).sum()
+        found = jc.lift(fn)
+        return (
+            (found(leaf, x, sizes), jax.grad(loss(found, leaf))(x)),
+            (fn(dense, x, sizes), jax.grad(loss(fn, dense))(x)),
+        )
+
+    (found, slope), (wanted, true_slope) = run(both, leaf, x)
+    np.testing.assert_allclose(found, wanted, atol=3e-4)
+    np.testing.assert_allclose(slope, true_slope, atol=2e-3)
+    assert not np.asarray(found)[7:].any()
+
+
+def test_experts_in_training_run_as_they_are_stored() -> None:
+    fn, axes, shape = ragged("in")
+    params, x = {"w": 0.02 * normal(11, *shape)}, normal(12, 6, K)
+    sizes = jnp.array([1, 3, 2], jnp.int32)
+    scheme = jc.select({"w": q.weights(q.int4(group_size=64))}, axes={"w": axes})
+    apply = jc.lift(lambda p, x: jnp.tanh(fn(p["w"], x, sizes)))
+
+    def forward(params: Any) -> Any:
+        params, state = scheme.init(params)
+        loss = lambda p: apply(scheme.view(p, state), x).sum()
+        packed = scheme.compress(params, state)
+        return loss(params), apply(packed, x).sum(), jax.grad(loss)(params)
+
+    view, stored, gradient = run(forward, params)
+    np.testing.assert_array_equal(view, stored)
+    assert (gradient["w"] != 0).mean() > 0.9
+
+
+def test_quantized_activations_of_experts_are_dequantized() -> None:
+    fn, axes, shape = ragged("in")
+    leaf = jax.eval_shape(
+        lambda w: q.quantize(w, jc.presets.W8A8, axes=axes), normal(13, *shape)
+    )
+    sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
+    (site,) = jc.explain(fn, leaf, jax.ShapeDtypeStruct((6, K), jnp.float32), sizes)
+    assert site.how == "dequantized"
+
+
 def test_every_element_has_a_kernel_format() -> None:
     elements = {fmt.element for fmt in FORMATS.values()}
     elements |= {q.binary().element, q.ternary().element, q.mxfp8().element}

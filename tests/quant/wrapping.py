@@ -13,13 +13,11 @@ import jaxcompress as jc
 from jaxcompress import quant as q
 from jaxcompress.layout import Layout
 from jaxcompress.leaf import Leaf
-from tests.quick import QUICK as QUICK
-from tests.quick import quick as quick
-from tests.quick import run as run
+from tests.jitted import run as run
 
 RANK, SLOTS = 2, 2
-quantize = quick(q.quantize, static_argnames=("fmt", "axes"))
-materialize = quick(jc.materialize)
+quantize = jax.jit(q.quantize, static_argnames=("fmt", "axes"))
+materialize = jax.jit(jc.materialize)
 
 
 class Site(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.models import mobilenet, resnet, stories
 from jaxcompress import prune
-from tests.quick import run
+from tests.jitted import run
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(KEY, (2, 8, 8, 3))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import prune
+from tests.jitted import run
 from tests.prune.structure.programs import BATCH, PARTS, TIME, Builder
-from tests.quick import run
 
 
 def some_units(graph: prune.Graph, rng: np.random.Generator) -> dict[int, np.ndarray]:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxcompress import prune
-from tests.quick import run
+from tests.jitted import run
 
 RNG = np.random.default_rng(0)
 
