@@ -71,10 +71,10 @@ class MLP(nn.Module):
 
 
 class Part(NamedTuple):
-    """Images ``[n, 64]`` in [0, 1] and labels ``[n]``."""
+    """Images ``[n, 64]`` in [0, 1] and labels ``[n]``, or what else goes with them."""
 
     x: jax.Array
-    y: jax.Array
+    y: Any
 
 
 def load() -> tuple[Part, Part, Part]:
@@ -97,7 +97,7 @@ def minimize(
     settings: Settings,
 ) -> tuple[Any, Any]:
     """Minimize ``loss(params, opt_state, x, y)``, all steps in one `lax.scan`."""
-    n = len(part.y)
+    n = len(part.x)
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         params, opt_state = carry
@@ -105,7 +105,8 @@ def minimize(
         index = jax.random.choice(choose, n, (settings.batch,), replace=False)
         x = part.x[index]
         x = x + settings.jitter * jax.random.normal(jitter, x.shape)
-        grads = jax.grad(loss)(params, opt_state, x, part.y[index])
+        y = jax.tree.map(lambda a: a[index], part.y)
+        grads = jax.grad(loss)(params, opt_state, x, y)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 

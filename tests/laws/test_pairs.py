@@ -14,24 +14,25 @@ from tests.laws.setting import (
     weights,
 )
 
+SHARES = 16
+"""Of all pairs of two cases: one in each test run, the others in `make slow`."""
+
 
 def some_pairs(first: Case, share: int) -> list[Case]:
-    """Every `SHARES`-th case, another set for each first; always the exceptions.
+    """Every `SHARES`-th case, another set for each first.
 
-    After a structure fewer: to what follows, a factor is an array like any other.
+    After a structure four fifths of the first share are left to the second: to what
+    follows, a factor is an array like any other.
     """
     at = CASES.index(first)
-    stride = 5 * SHARES if first.structure else SHARES
-    exception = lambda second: second.fn is jc.identity or second.adapts
-    return [
-        second
-        for i, second in enumerate(CASES)
-        if (i - at) % stride == share or exception(second)
-    ]
+
+    def share_of(i: int) -> int:
+        late = first.structure and (i - at) % (5 * SHARES) != 0
+        return (i - at) % SHARES or int(late)
+
+    return [c for i, c in enumerate(CASES) if share_of(i) == share]
 
 
-SHARES = 8
-"""Of all pairs of two cases: one in each test run, the others in `make slow`."""
 shares = pytest.mark.parametrize(
     "share",
     [pytest.param(n, marks=pytest.mark.slow if n else ()) for n in range(SHARES)],
