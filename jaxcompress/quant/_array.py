@@ -31,7 +31,7 @@ from jaxcompress.quant import _matmul, _weight_only
 from jaxcompress.quant._activations import Activations, fake_quantize_activations
 from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
-from jaxcompress.quant._kernels import portable_operand
+from jaxcompress.quant._kernels import portable_operand, result_dtype
 from jaxcompress.quant._rounding import power_of_two
 from kernels_pallas import packing
 
@@ -241,8 +241,7 @@ class QuantizedArray(CodedLeaf):
             floats = jnp.issubdtype(x.dtype, jnp.floating)
             if site is None or not floats or not _weight_only.pays(self, x, site):
                 return dense(x)
-            dtype = params.get("preferred_element_type")
-            dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+            dtype = result_dtype(x, self, params)
             batch = tuple(s for _, s in site.batch)
             operand = portable_operand(self.pack(), batch)
             return _weight_only.weight_only_dot(operand, x, site, dtype)
@@ -264,8 +263,7 @@ class QuantizedArray(CodedLeaf):
             or not _weight_only.by_experts(self, numbers)
         ):
             return super().ragged_dot_general(x, group_sizes, numbers, **params)
-        dtype = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        dtype = result_dtype(x, self, params)
         operand = portable_operand(self.pack(), (0,))
         return _weight_only.ragged_weight_only_dot(operand, x, group_sizes, dtype)
 

@@ -16,6 +16,7 @@ from jaxcompress.quant._kernels import (
     kernel_result,
     kernel_rows,
     portable_operand,
+    result_dtype,
 )
 from kernels_pallas import formats
 from kernels_pallas.scaled_matmul import int8_matmul
@@ -157,13 +158,12 @@ def _run(
     operand = portable_operand(leaf.pack(), tuple(s for _, s in site.batch))
     assert isinstance(operand.fmt, formats.Integer)
     codes, scale = _encoded(leaf, x, site)
-    dtype = params.get("preferred_element_type")
     y = int8_matmul(
         as_matrices(codes, site),
         operand.weight,
         operand.fmt,
         x_scale=as_matrices(scale, site),
-        dtype=jnp.result_type(x, leaf.dtype) if dtype is None else dtype,
+        dtype=result_dtype(x, leaf, params),
         **operand.options,
     )
     return kernel_result(y, codes, operand.out, site)

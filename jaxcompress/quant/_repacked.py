@@ -22,7 +22,12 @@ from jaxcompress.leaf import (
     static,
 )
 from jaxcompress.quant._array import QuantizedArray
-from jaxcompress.quant._kernels import Operand, kernel_format, portable_operand
+from jaxcompress.quant._kernels import (
+    Operand,
+    kernel_format,
+    portable_operand,
+    result_dtype,
+)
 from jaxcompress.quant._matmul import Site
 from jaxcompress.quant._scales import stored_scale
 from jaxcompress.quant._weight_only import (
@@ -229,8 +234,7 @@ class RepackedArray(Leaf):
             return dense_dot_general(
                 self, x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )
-        dtype = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        dtype = result_dtype(x, self, params)
         return weight_only_dot(self._operand(), x, site, dtype)
 
     def ragged_dot_general(
@@ -244,8 +248,7 @@ class RepackedArray(Leaf):
             or not by_experts(self, numbers)
         ):
             return super().ragged_dot_general(x, group_sizes, numbers, **params)
-        dtype = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        dtype = result_dtype(x, self, params)
         return ragged_weight_only_dot(self._operand(), x, group_sizes, dtype)
 
     def _operand(self) -> Operand:

@@ -14,11 +14,7 @@ from jaxcompress.quant._activations import Activations
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._ranged import RangedArray, TrainedActivations, usable
-from jaxcompress.transform import (
-    Oriented,
-    Transform,
-    bare,
-)
+from jaxcompress.transform import Oriented, Transform, bare
 from jaxcompress.tree import flatten, unflatten
 
 Gradient = Literal["lsq", "pact"]

@@ -173,6 +173,20 @@ def test_experts_in_training_run_as_they_are_stored() -> None:
     assert (gradient["w"] != 0).mean() > 0.9
 
 
+def test_experts_contracted_along_another_axis_are_dequantized() -> None:
+    fn, _, shape = ragged("in")
+    w, x = normal(14, *shape), normal(15, 7, K)
+    sizes = jnp.array([3, 0, 4], jnp.int32)
+    for axes in (jc.Axes(contract=(-1,), stack=1), jc.Axes(contract=(-3,))):
+        leaf = quantize(w, q.int8(), axes=axes)
+        (site,) = jc.explain(fn, leaf, x, sizes)
+        assert leaf.has_own_matmul
+        assert site.how == "dequantized"
+        both = lambda leaf, x: (jc.lift(fn)(leaf, x, sizes), leaf.materialize())
+        found, dense = run(both, leaf, x)
+        np.testing.assert_allclose(found, fn(dense, x, sizes), atol=3e-4)
+
+
 def test_quantized_activations_of_experts_are_dequantized() -> None:
     fn, axes, shape = ragged("in")
     leaf = jax.eval_shape(
