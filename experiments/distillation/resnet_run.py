@@ -1,12 +1,13 @@
 """ResNet-56 teaches ResNet-20s on CIFAR-10: smaller nets, and compressed ones.
 
-`student` begins as blocks of the teacher: the first, the middle and the last of every
-stage. `pruned` and `2 bits` begin as the pretrained ResNet-20 and lose 90 % of their
-weights, or keep two bits of them, while they train. Rows of a setting differ in the
-loss alone, and see the same shifted and mirrored images; what the teacher says of those
-is computed once.
+`student` begins as blocks of the teacher, the first, the middle and the last of every
+stage, and sees the training images shifted and mirrored. `pruned` and `2 bits` begin as
+the pretrained ResNet-20 and lose most of their weights, or keep two bits of them, with
+few images, as they are. Rows of a setting differ in the loss alone; what the teacher
+says of the images is computed once.
 
     python -m experiments.distillation.resnet_run [--validate] [--resume]
+        [--settings student pruned "2 bits"] [--methods plain "soft targets"]
 
 Scores are percent of the 1,000 test images (`--validate`: of the last 1,000 of the
 10,000 training images, which then train nothing).
@@ -33,10 +34,10 @@ from experiments.resnets.post_training import augmented
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 1000
 TEACHER, STUDENT = 56, 20
-BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, DECAY = 100, 2, 0.05, 0.9, 5e-4
+BATCH, LEARNING_RATE, MOMENTUM, DECAY = 100, 0.05, 0.9, 5e-4
 TEMPERATURE = 4.0
 LAST_MAPS = {56: "ResNet/layer3_8", 20: "ResNet/layer3_2"}
-WEIGHTS = jc.where("**/layer*/kernel")
+WEIGHTS = jc.where("layer*/**/kernel")
 Method = Callable[[Seen], jax.Array]
 
 
@@ -83,36 +84,56 @@ METHODS: dict[str, Method] = {
 
 
 class Setting(NamedTuple):
-    """What is trained.
+    """What is trained, and on what.
 
     Attributes:
-      scheme: Of a number of steps.
+      scheme: How the blocks' weights are compressed in a number of steps.
       methods: Names of the losses to compare.
       pretrained: Whether to begin as the pretrained ResNet-20.
+      images: How many, from the first.
+      epochs: Passes over them.
+      noise: Whether every pass shifts and mirrors them anew.
     """
 
     scheme: Callable[[int], jc.Transform]
     methods: tuple[str, ...]
     pretrained: bool
+    images: int
+    epochs: int
+    noise: bool
 
 
 def pruning(steps: int) -> jc.Transform:
-    """90 % of the weights of all blocks together."""
-    rise = jc.schedules.cubic(0.3, 0.9, begin=0, end=steps // 2)
-    magnitude = jc.prune.magnitude(sparsity=rise, scope="global", every=10)
-    return jc.select({WEIGHTS: magnitude})
-
-
-def two_bits(steps: int) -> jc.Transform:
-    """Two bits with learned steps, a step for every output channel."""
-    del steps
-    return jc.select({WEIGHTS: jc.quant.lsq(jc.quant.int2())})
+    """80 % of the weights of all blocks together."""
+    rise = jc.schedules.cubic(0.3, 0.8, begin=0, end=steps // 2)
+    return jc.prune.magnitude(sparsity=rise, scope="global", every=10)
 
 
 SETTINGS = {
-    "student": Setting(lambda steps: jc.identity(), tuple(METHODS), False),
-    "pruned": Setting(pruning, ("plain", "soft targets"), True),
-    "2 bits": Setting(two_bits, ("plain", "soft targets"), True),
+    "student": Setting(
+        scheme=lambda steps: jc.identity(),
+        methods=tuple(METHODS),
+        pretrained=False,
+        images=10_000,
+        epochs=1,
+        noise=True,
+    ),
+    "pruned": Setting(
+        scheme=pruning,
+        methods=("plain", "soft targets"),
+        pretrained=True,
+        images=1000,
+        epochs=6,
+        noise=False,
+    ),
+    "2 bits": Setting(
+        scheme=lambda steps: jc.quant.lsq(jc.quant.int2()),
+        methods=("plain", "soft targets"),
+        pretrained=True,
+        images=1000,
+        epochs=6,
+        noise=False,
+    ),
 }
 
 
@@ -120,10 +141,10 @@ class Lessons(NamedTuple):
     """Images as the students see them, and what the teacher says of them.
 
     Attributes:
-      x: ``uint8[epochs, n, 32, 32, 3]``, each epoch shifted and mirrored anew.
+      x: ``uint8[n, 32, 32, 3]``.
       y: ``int32[n]``.
-      logits: ``float32[epochs, n, 10]``.
-      maps: ``float32[epochs, n, 8, 8, 64]``, the last ones.
+      logits: ``float32[n, 10]``.
+      maps: ``float32[n, 8, 8, 64]``, the last ones.
     """
 
     x: np.ndarray
@@ -133,32 +154,34 @@ class Lessons(NamedTuple):
 
 
 def taught(images: data.Images, root: Path | None) -> Lessons:
-    """Every epoch's images through the teacher."""
-    rng = np.random.default_rng(0)
-    x = np.stack([augmented(images.x, rng) for _ in range(EPOCHS)])
+    """Images through the teacher."""
     model, variables = resnet.load(TEACHER, root=root)
     ask = jax.jit(jc.distill.features(model.apply, LAST_MAPS[TEACHER]))
     parts = []
-    for part in np.split(x.reshape(-1, *x.shape[2:]), x.shape[0] * x.shape[1] // BATCH):
+    for part in np.split(images.x, len(images.x) // BATCH):
         logits, taps = ask(variables, resnet.normalize(part))
-        parts.append((np.asarray(logits), np.asarray(*taps.values())))
-    logits, maps = (
-        np.concatenate(p).reshape(*x.shape[:2], *p[0].shape[1:])
-        for p in zip(*parts, strict=True)
-    )
-    return Lessons(x, images.y, logits, maps)
+        parts.append((logits, *taps.values()))
+    return Lessons(*images, *(np.concatenate(p) for p in zip(*parts, strict=True)))
 
 
-def batches(lessons: Lessons, seed: int) -> Iterator[Any]:
+def passes(setting: Setting, images: data.Images, root: Path | None) -> list[Lessons]:
+    """What every epoch of a setting shows; one for all where all are alike."""
+    images = data.Images(images.x[: setting.images], images.y[: setting.images])
+    if not setting.noise:
+        return [taught(images, root)] * setting.epochs
+    rng = np.random.default_rng(0)
+    shown = (augmented(images.x, rng) for _ in range(setting.epochs))
+    return [taught(data.Images(x, images.y), root) for x in shown]
+
+
+def batches(epochs: list[Lessons], seed: int) -> Iterator[Any]:
     """Shuffled in every epoch."""
     rng = np.random.default_rng(seed)
-    for epoch in range(EPOCHS):
+    for lessons in epochs:
         order = rng.permutation(len(lessons.y))
         for start in range(0, len(order) - BATCH + 1, BATCH):
-            chosen = order[start : start + BATCH]
-            images = resnet.normalize(lessons.x[epoch, chosen])
-            said = (lessons.logits[epoch, chosen], lessons.maps[epoch, chosen])
-            yield images, lessons.y[chosen], said
+            x, y, logits, maps = (a[order[start : start + BATCH]] for a in lessons)
+            yield resnet.normalize(x), y, (logits, maps)
 
 
 def blocks_of_the_teacher(root: Path | None) -> Any:
@@ -174,12 +197,13 @@ def blocks_of_the_teacher(root: Path | None) -> Any:
 
 
 def fit(
-    variables: Any, scheme: jc.Transform, lessons: Lessons, seed: int, method: Method
+    variables: Any, setting: Setting, epochs: list[Lessons], seed: int, method: Method
 ) -> Any:
     """Variables of a ResNet-20 after training, its params stored."""
     model = resnet.ResNet(STUDENT)
-    run = jc.distill.features(jc.lift(model.apply), LAST_MAPS[STUDENT])
-    steps = EPOCHS * (len(lessons.y) // BATCH)
+    run = jc.lift(jc.distill.features(model.apply, LAST_MAPS[STUDENT]))
+    params, stats = variables["params"], variables["batch_stats"]
+    steps = sum(len(lessons.y) // BATCH for lessons in epochs)
 
     def loss(
         params: Any, stats: Any, batch: Any, i: jax.Array
@@ -195,14 +219,19 @@ def fit(
         optax.add_decayed_weights(DECAY, jc.weight_decay_mask),
         optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), MOMENTUM),
     )
+    axes = jc.trace_axes(
+        lambda params, x: model.apply({"params": params, "batch_stats": stats}, x),
+        params,
+        resnet.normalize(epochs[0].x[:1]),
+    )
     params, stats = train(
-        variables["params"],
+        params,
         loss,
-        batches(lessons, seed),
+        batches(epochs, seed),
         tx,
         steps=steps,
-        aux=variables["batch_stats"],
-        scheme=scheme,
+        aux=stats,
+        scheme=jc.select({WEIGHTS: setting.scheme(steps)}, axes=axes),
     )
     return {"params": params, "batch_stats": stats}
 
@@ -215,6 +244,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()
     name = "resnet_validation" if options.validate else "resnet"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
@@ -222,23 +252,22 @@ def main() -> None:
     if options.validate:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
-    lessons = taught(images, options.data_dir)
     apply = jc.lift(resnet.ResNet(STUDENT).apply)
     for which in options.settings:
         setting = SETTINGS[which]
+        methods = [m for m in setting.methods if m in options.methods]
+        epochs = passes(setting, images, options.data_dir)
         start = blocks_of_the_teacher(options.data_dir)
         if setting.pretrained:
             _, start = resnet.load(STUDENT, root=options.data_dir)
-        scheme = setting.scheme(EPOCHS * (len(images.y) // BATCH))
-        for seed in options.seeds:
-            for method in setting.methods:
-                if (which, row := f"{method}, seed {seed}") in report:
-                    continue
-                found = fit(start, scheme, lessons, seed, METHODS[method])
-                logits = resnet.logits(apply, found, test.x)
-                score = 100 * float((logits.argmax(-1) == test.y).mean())
-                report.add(which, row, "", round(score, 2))
-        add_means(report, which, setting.methods)
+        for seed, method in ((s, m) for s in options.seeds for m in methods):
+            if (which, row := f"{method}, seed {seed}") in report:
+                continue
+            found = fit(start, setting, epochs, seed, METHODS[method])
+            logits = resnet.logits(apply, found, test.x)
+            score = 100 * float((logits.argmax(-1) == test.y).mean())
+            report.add(which, row, "", round(score, 2))
+        add_means(report, which, methods)
 
 
 if __name__ == "__main__":
