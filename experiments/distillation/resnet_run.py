@@ -114,7 +114,7 @@ SETTINGS = {
         scheme=lambda steps: jc.identity(),
         methods=tuple(METHODS),
         pretrained=False,
-        images=10_000,
+        images=5000,
         epochs=1,
         noise=True,
     ),
