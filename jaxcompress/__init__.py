@@ -16,7 +16,6 @@ from . import tree as tree
 from .layout import Axes as Axes
 from .leaf import Leaf as Leaf
 from .leaf import OrderError as OrderError
-from .leaf import StraightThrough as StraightThrough
 from .leaf import is_leaf as is_leaf
 from .leaf import materialize as materialize
 from .lift import LiftError as LiftError
@@ -28,6 +27,7 @@ from .lift import plan as plan
 from .lift import trace_axes as trace_axes
 from .lift import wrap as wrap
 from .sharding import shardings as shardings
+from .straight_through import StraightThrough as StraightThrough
 from .transform import Transform as Transform
 from .transform import chain as chain
 from .transform import identity as identity

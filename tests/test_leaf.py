@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.leaf import (
-    FROZEN,
-    WEIGHT,
-    Cast,
-    Leaf,
-    Reshape,
-    Transpose,
-    straight_through,
-)
+from jaxcompress.leaf import FROZEN, WEIGHT, Cast, Leaf, Reshape, Transpose
 from jaxcompress.prune import MaskedArray
+from jaxcompress.straight_through import straight_through
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)), jnp.float32)

@@ -13,7 +13,7 @@ from jaxcompress.codebook._beam import nearest as nearest_vectors
 from jaxcompress.codebook._lloyd import cluster, exact_sums
 from jaxcompress.codebook._scalars import cluster_scalars, nearest
 from jaxcompress.layout import Axes, Layout, resolve_axes
-from jaxcompress.leaf import StraightThrough
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import (
     Site,
     Transform,

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxcompress.leaf import straight_through
 from jaxcompress.lowrank._array import LowRankArray
 from jaxcompress.lowrank._factors import dense
 from jaxcompress.lowrank._matrix import AxesOption, Matrix
 from jaxcompress.lowrank._rank import Rank, check_rank
 from jaxcompress.lowrank._svd import svd_weight
+from jaxcompress.straight_through import straight_through
 from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
 
 

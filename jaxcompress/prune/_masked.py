@@ -22,8 +22,8 @@ from jaxcompress.leaf import (
     map_value,
     relayout,
     relayout_mask,
-    straight_through,
 )
+from jaxcompress.straight_through import straight_through
 
 
 @leaf_type

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.leaf import static_type, straight_through
+from jaxcompress.leaf import static_type
 from jaxcompress.quant._elements import Integer, Minifloat
 from jaxcompress.quant._rounding import divisor
+from jaxcompress.straight_through import straight_through
 
 
 @static_type

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.layout import Axes, resolve_axes
-from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._activations import static
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer, Table
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._granularity import PerTensor
 from jaxcompress.quant._quantize import encode
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import Site, Transform, stateless
 
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Ternary
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
 from jaxcompress.quant._weights import of_leaf, within_range
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import (
     Site,
     Transform,

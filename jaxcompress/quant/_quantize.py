@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.layout import Axes, resolve_axes
-from jaxcompress.leaf import straight_through
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer, Ternary
 from jaxcompress.quant._format import NumberFormat
@@ -21,6 +20,7 @@ from jaxcompress.quant._scales import (
     encode_blocks,
     store_scales,
 )
+from jaxcompress.straight_through import straight_through
 from jaxcompress.transform import check_weight
 
 

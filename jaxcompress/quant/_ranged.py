@@ -17,16 +17,15 @@ from jaxcompress.leaf import (
     LayoutOp,
     Leaf,
     Ran,
-    StraightThrough,
     component,
     dense_dot_general,
     leaf_type,
     map_value,
     materialize,
     static,
-    straight_through,
 )
 from jaxcompress.quant._array import QuantizedArray
+from jaxcompress.straight_through import StraightThrough, straight_through
 from jaxcompress.transform import values
 
 _SMALLEST = 2.0**-60

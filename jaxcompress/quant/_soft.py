@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._format import NumberFormat
@@ -15,6 +14,7 @@ from jaxcompress.quant._quantize import encode
 from jaxcompress.quant._stepped import LaidOver
 from jaxcompress.quant._switched import SwitchedArray, switched_on
 from jaxcompress.schedules import Schedule
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import (
     Site,
     Transform,

@@ -11,14 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.latent import LatentLeaf
 from jaxcompress.layout import Axes, Layout
-from jaxcompress.leaf import (
-    STEP,
-    WEIGHT,
-    StraightThrough,
-    component,
-    leaf_type,
-    static,
-)
+from jaxcompress.leaf import STEP, WEIGHT, component, leaf_type, static
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._format import NumberFormat
@@ -26,6 +19,7 @@ from jaxcompress.quant._granularity import Flat, split_blocks, spread
 from jaxcompress.quant._quantize import encode
 from jaxcompress.quant._ranged import usable
 from jaxcompress.quant._wrapped import shared_spec
+from jaxcompress.straight_through import StraightThrough
 
 
 @leaf_type

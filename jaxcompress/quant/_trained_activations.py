@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import resolve_axes
-from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._activations import Activations
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._ranged import RangedArray, TrainedActivations, usable
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import Oriented, Transform, bare
 from jaxcompress.tree import flatten, unflatten
 

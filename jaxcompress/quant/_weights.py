@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import resolve_axes
-from jaxcompress.leaf import StraightThrough
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
+from jaxcompress.straight_through import StraightThrough
 from jaxcompress.transform import (
     Site,
     Transform,
