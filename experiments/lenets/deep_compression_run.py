@@ -3,8 +3,8 @@
 Every net is trained dense and pruned as in `pruning_run`, to the paper's densities;
 the weights that are left are clustered, layer by layer, in as many values as the paper
 has, and those are trained on. Sizes are of files on disk, with all a decoder needs:
-codebooks, biases, positions, structure, checksums. `beyond` does the same with fewer
-weights and values, a teacher (the dense net) and halves for what is not coded.
+codebooks, biases, positions, structure, checksums. `beyond` has fewer weights and
+values, and the dense net as the teacher throughout.
 
     python -m experiments.lenets.deep_compression_run [--validate] [--resume]
         [--models lenet300] [--seeds 0 1 2] [--recipes paper beyond]
@@ -23,22 +23,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.lenets.pruning_run import (
-    BATCH,
-    HELD_OUT,
+from experiments.distillation.training import add_means
+from experiments.lenets.training import (
     NETS,
     RESULTS,
     SEEDS,
     Settings,
-    batches,
+    dense,
     errors,
+    load,
+    pruned,
+    rules,
     train,
 )
 from experiments.post_training.report import Report
+
+CODER, ITERATIONS = "rans", 1
+"""Few iterations of k-means leave the values nearly as far apart as they began: that
+costs little error and half a bit less a code, as the codes of equal steps are as unlike
+in frequency as the weights."""
 
 PUBLISHED = {"lenet300": (1.64, 1.58, 40, 27_000), "lenet5": (0.80, 0.74, 39, 44_000)}
 """Errors dense and compressed, ratio, bytes (Han et al., 2016, table 1)."""
@@ -48,190 +54,93 @@ class Recipe(NamedTuple):
     """How a net is compressed.
 
     Attributes:
-      bits: Of a weight's code, of convolutions and of linear layers, by net.
-      fewer: By net, what the densities of the paper are divided by; by layer where the
-        first layers need more.
-      iterations: Of k-means, from values at equal distances: few leave those nearly
-        so, which costs little error and saves half a bit of a code, since the codes of
-        equal steps are as unlike in frequency as the weights.
-      epochs: With trained centroids, by net.
+      bits: Of a weight's code, by layer.
+      fewer: What the densities of the paper are divided by; the last layer's is not.
+      epochs: With trained centroids.
       rate: Their learning rate.
-      teacher: Share of the loss that the dense net's probabilities have.
-      coder: Of codes and positions.
-      half: Whether codebooks and biases are stored in 16 bits.
+      share: Of the loss that the dense net has, in pruning and after.
     """
 
-    bits: dict[str, tuple[int, int]]
-    fewer: dict[str, float]
-    iterations: int
-    epochs: dict[str, int]
-    rate: float
-    teacher: float
-    coder: Any
-    half: bool
+    bits: dict[str, int]
+    fewer: float
+    epochs: int
+    rate: float = 1e-4
+    share: float = 0.0
 
 
 RECIPES = {
-    "paper": Recipe(
-        bits={"lenet300": (6, 6), "lenet5": (8, 5)},
-        fewer={"lenet300": 1.0, "lenet5": 1.0},
-        iterations=1,
-        epochs={"lenet300": 10, "lenet5": 4},
-        rate=1e-4,
-        teacher=0.0,
-        coder="rans",
-        half=True,
-    ),
-    "beyond": Recipe(
-        bits={"lenet300": (5, 5), "lenet5": (5, 4)},
-        fewer={"lenet300": 1.7, "lenet5": 1.7},
-        iterations=1,
-        epochs={"lenet300": 15, "lenet5": 5},
-        rate=1e-4,
-        teacher=0.7,
-        coder="rans",
-        half=True,
-    ),
+    "paper": {
+        "lenet300": Recipe({"ip1": 6, "ip2": 6, "ip3": 6}, 1.0, 10),
+        "lenet5": Recipe({"conv1": 8, "conv2": 8, "ip1": 5, "ip2": 5}, 1.0, 4),
+    },
+    "beyond": {
+        "lenet300": Recipe({"ip1": 5, "ip2": 5, "ip3": 5}, 1.7, 15, share=0.7),
+        "lenet5": Recipe(
+            {"conv1": 5, "conv2": 5, "ip1": 4, "ip2": 4}, 1.7, 5, share=0.7
+        ),
+    },
 }
 
 
-def kept(net: Settings, recipe: Recipe, which: str, layer: str) -> float:
-    """Fraction of a layer's weights that stays; of the last layer, all the paper's."""
-    first = net.kept[layer]
-    return first if layer == list(net.kept)[-1] else first / recipe.fewer[which]
-
-
-def rules(net: Settings, rule: Any) -> jc.Transform:
-    """``rule(layer, axes)`` for the kernel of every layer."""
-    axes = {n: (-4, -3, -2) if n.startswith("conv") else -2 for n in net.kept}
-    return jc.select({f"params/{n}/kernel": rule(n, axes[n]) for n in net.kept})
-
-
-def distill(
-    net: Settings,
-    params: Any,
-    images: data.Images,
-    epochs: int,
-    rate: float,
-    decay: float,
-    seed: int,
-    scheme: jc.Transform,
-    teacher: Any,
-    share: float,
-) -> tuple[Any, Any]:
-    """As `train`; the teacher's probabilities at temperature 4 count for a share."""
-    steps = epochs * (len(images.x) // BATCH)
-    schedule = optax.cosine_decay_schedule(rate, steps)
-    tx = jc.optim.attach(optax.adamw(schedule, weight_decay=decay), scheme)
-    apply = jc.lift(net.model.apply)
-
-    def loss(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = apply(scheme.view(params, jc.optim.state(opt)), x)
-        own = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        if not share:
-            return own
-        wanted = net.model.apply(teacher, x)
-        soft = jc.distill.soft_targets(logits, wanted, temperature=4.0).mean()
-        return (1 - share) * own + share * soft
-
-    @jax.jit
-    def step(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(loss)(params, opt, x, y)
-        updates, opt = tx.update(grads, opt, params)
-        return optax.apply_updates(params, updates), opt, value
-
-    opt, value = tx.init(params), 0.0
-    for i, (x, y) in enumerate(batches(images, epochs, seed), 1):
-        params, opt, value = step(params, opt, x, y)
-        if i % max(1, steps // 5) == 0:
-            print(f"  step {i} of {steps}: loss {float(value):.4f}", flush=True)
-    return params, jc.optim.state(opt)
-
-
-def pruned(
-    net: Settings,
-    dense: Any,
-    images: data.Images,
-    which: str,
-    recipe: Recipe,
-    epochs: int,
-    seed: int,
-) -> Any:
-    """Params with zeros, after gradual magnitude pruning."""
-    steps = epochs * (len(images.x) // BATCH)
-    end = int(net.ramp * steps)
-
-    def rule(layer: str, axes: Any) -> jc.Transform:
-        sparsity = 1.0 - kept(net, recipe, which, layer)
-        ramp = jc.schedules.cubic(0.0, sparsity, begin=0, end=end)
-        every = max(1, steps // 300)
-        return jc.prune.magnitude(sparsity=ramp, every=every, axes=axes)
-
-    params, _ = distill(
-        net,
-        dense,
-        images,
-        epochs,
-        net.learning_rate / 2,
-        net.pruned_decay if not recipe.teacher else net.decay,
-        seed,
-        rules(net, rule),
-        dense,
-        recipe.teacher,
-    )
-    return params
+def kept(net: Settings, recipe: Recipe) -> dict[str, float]:
+    """Fraction of every layer's weights that stays."""
+    *others, last = net.kept
+    fewer = {layer: net.kept[layer] / recipe.fewer for layer in others}
+    return {**fewer, last: net.kept[last]}
 
 
 def clustered(
     net: Settings,
-    params: Any,
-    dense: Any,
-    images: data.Images,
-    which: str,
     recipe: Recipe,
-    epochs: int,
+    params: Any,
+    teacher: Any,
+    images: data.Images,
     seed: int,
 ) -> Any:
-    """The stored form, after the shared values have been trained."""
+    """The stored form, after the shared values have been trained; 16 bits for floats.
+
+    Args:
+      net: What is trained.
+      recipe: How.
+      params: Of the pruned net.
+      teacher: Params of the dense net.
+      images: To train on.
+      seed: Of their order.
+    """
+    density = kept(net, recipe)
 
     def rule(layer: str, axes: Any) -> jc.Transform:
-        conv, linear = recipe.bits[which]
-        sparsity = 1.0 - kept(net, recipe, which, layer)
         return jc.chain(
-            jc.prune.magnitude(sparsity=sparsity, axes=axes),
+            jc.prune.magnitude(sparsity=1.0 - density[layer], axes=axes),
             jc.codebook.kmeans(
-                bits=conv if layer.startswith("conv") else linear,
-                iterations=recipe.iterations,
-                axes=axes,
+                bits=recipe.bits[layer], iterations=ITERATIONS, axes=axes
             ),
         )
 
     scheme = rules(net, rule)
     params, _ = scheme.init(params)
-    params, state = distill(
+    params, state = train(
         net,
         params,
         images,
-        epochs,
-        recipe.rate,
-        0.0,
         seed,
-        scheme,
-        dense,
-        recipe.teacher,
+        epochs=recipe.epochs,
+        rate=recipe.rate,
+        decay=0.0,
+        scheme=scheme,
+        teacher=teacher,
+        share=recipe.share,
     )
     packed = scheme.compress(params, state)
-    if not recipe.half:
-        return packed
     short = lambda a: a.astype(jnp.float16) if a.dtype == jnp.float32 else a
     return jax.tree.map(short, packed)
 
 
-def sizes(packed: Any, coder: Any) -> tuple[int, dict[str, dict[str, float]]]:
+def sizes(packed: Any) -> tuple[int, dict[str, dict[str, float]]]:
     """Bytes of the file; by layer, weights kept, bits a kept weight, share of dense."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.jc"
-        jc.io.save(path, packed, entropy=coder)
+        jc.io.save(path, packed, entropy=CODER)
         total = path.stat().st_size
         arrays = jc.io.read_manifest(path)["arrays"]
         again = jax.tree.leaves(jc.io.load(path))
@@ -256,52 +165,46 @@ def compress(
     which: str,
     name: str,
     seed: int,
-    dense: Any,
+    params: Any,
     images: data.Images,
     test: data.Images,
-    epochs: int | None,
 ) -> None:
     """One recipe on one net: rows for the pruned and the clustered net."""
-    net, recipe = NETS[which], RECIPES[name]
-    left = pruned(net, dense, images, which, recipe, epochs or net.epochs, seed + 100)
-    zeros = f"{name}, pruned, seed {seed}"
-    report.add(which, zeros, "", errors(net.model, left, test))
-    epochs = epochs or recipe.epochs[which]
-    packed = clustered(net, left, dense, images, which, recipe, epochs, seed + 200)
-    size, layers = sizes(packed, recipe.coder)
-    full = sum(a.nbytes for a in jax.tree.leaves(dense))
-    huffman = jc.io.file_bytes(packed, entropy="huffman")
+    recipe = RECIPES[name][which]
+    net = NETS[which]
+    if recipe.share:
+        net = net._replace(share=recipe.share)
+    left = pruned(net, params, images, seed + 100, kept=kept(net, recipe))
+    report.add(which, f"{name}, pruned, seed {seed}", "", errors(net, left, test))
+    dense_again = jc.materialize(left)
+    packed = clustered(net, recipe, dense_again, params, images, seed + 200)
+    size, layers = sizes(packed)
+    full = sum(a.nbytes for a in jax.tree.leaves(params))
     for layer, row in layers.items():
         print(f"  {layer}: {row}", flush=True)
     report.add(
         which,
         f"{name}, seed {seed}",
         "published {} dense, {} compressed, {}x, {} bytes".format(*PUBLISHED[which]),
-        errors(net.model, packed, test),
+        errors(net, packed, test),
         file_bytes=size,
         times_smaller=round(full / size, 1),
-        huffman_bytes=huffman,
+        huffman_bytes=jc.io.file_bytes(packed, entropy="huffman"),
         layers=layers,
     )
 
 
-def add_means(report: Report, which: str, methods: list[str]) -> None:
-    """A row with mean and spread for every method with several seeds."""
-    for method in methods:
-        rows = [
-            r
-            for r in report.rows
-            if r["model"] == which and r["method"].startswith(f"{method}, seed")
-        ]
-        if len(rows) < 2 or (which, f"{method}, mean") in report:
-            continue
-        scores = [r["score"] for r in rows]
-        more = {"spread": round(statistics.stdev(scores), 3)}
-        if "file_bytes" in rows[0]:
-            more["file_bytes"] = round(statistics.mean(r["file_bytes"] for r in rows))
-            times = [r["times_smaller"] for r in rows]
-            more["times_smaller"] = round(statistics.mean(times), 1)
-        report.add(which, f"{method}, mean", "", statistics.mean(scores), **more)
+def mean_size(report: Report, which: str, recipe: str) -> None:
+    """A row with the mean size over the seeds."""
+    rows = [
+        r
+        for r in report.rows
+        if r["model"] == which and r["method"].startswith(f"{recipe}, seed")
+    ]
+    if len(rows) > 1 and (which, row := f"{recipe}, mean size") not in report:
+        size = round(statistics.mean(r["file_bytes"] for r in rows))
+        times = statistics.mean(r["times_smaller"] for r in rows)
+        report.add(which, row, "", size, times_smaller=round(times, 1))
 
 
 def main() -> None:
@@ -313,17 +216,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--epochs", type=int, help="of every phase, for a quick try")
-    parser.add_argument("--images", type=int, help="train on the first, for a try")
     options = parser.parse_args()
     name = "deep_compression_validation" if options.validate else "deep_compression"
-    name += "_try" if options.epochs or options.images else ""
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
-    images, test = (data.mnist(p, options.data_dir) for p in ("train", "test"))
-    if options.validate:
-        test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
-        images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
-    images = data.Images(images.x[: options.images], images.y[: options.images])
+    images, test = load(options.validate, options.data_dir)
     for which in options.models:
         net = NETS[which]
         for seed in options.seeds:
@@ -332,28 +228,16 @@ def main() -> None:
             ]
             if not todo:
                 continue
-            params = jax.jit(net.model.init)(
-                jax.random.key(seed), jnp.zeros((1, 28, 28, 1))
-            )
-            dense, _ = train(
-                net.model,
-                params,
-                images,
-                options.epochs or net.dense_epochs,
-                net.learning_rate,
-                net.decay,
-                seed,
-                jc.identity(),
-            )
+            params = dense(net, images, seed)
             if (which, f"dense, seed {seed}") not in report:
-                score = errors(net.model, dense, test)
+                score = errors(net, params, test)
                 report.add(which, f"dense, seed {seed}", "", score)
             for recipe in todo:
-                compress(
-                    report, which, recipe, seed, dense, images, test, options.epochs
-                )
+                compress(report, which, recipe, seed, params, images, test)
         methods = [m for r in options.recipes for m in (f"{r}, pruned", r)]
         add_means(report, which, ["dense", *methods])
+        for recipe in options.recipes:
+            mean_size(report, which, recipe)
 
 
 if __name__ == "__main__":

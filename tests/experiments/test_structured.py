@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.lenets import pruning_run
+from experiments.lenets import training
 from experiments.models import resnet
 from experiments.structured import resnet_run, transformers_run
 from jaxcompress import prune
@@ -42,27 +42,24 @@ def test_the_lowest_units_of_every_layer_go() -> None:
     assert transformers_run.lowest(scores, 0.5).tolist() == expected
 
 
-@pytest.mark.parametrize("name", pruning_run.NETS)
+@pytest.mark.parametrize("name", training.NETS)
 def test_a_lenet_sees_the_images_as_they_are(name: str) -> None:
-    model = pruning_run.NETS[name].model
+    model = training.NETS[name].model
     images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
     found, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert found.shape == (5, 10)
-    assert set(variables["params"]) == set(pruning_run.NETS[name].kept)
+    assert set(variables["params"]) == set(training.NETS[name].kept)
 
 
-def test_a_lenet_is_pruned_to_its_densities() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_a_lenet_is_pruned_to_its_densities(share: float) -> None:
     x = RNG.integers(0, 256, (256, 28, 28, 1)).astype(np.uint8)
     images = data.Images(x, RNG.integers(0, 10, 256).astype(np.int32))
-    net = pruning_run.NETS["lenet300"]._replace(epochs=3)
-    params = jax.jit(net.model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    scheme = pruning_run.scheme_of(net, 6)
+    net = training.NETS["lenet300"]._replace(dense_epochs=1, epochs=3, share=share)
     with jax.numpy_dtype_promotion("standard"):
-        params, state = pruning_run.train(
-            net.model, params, images, 3, 1e-3, 0.0, 0, scheme
-        )
-    packed = scheme.compress(params, state)
+        params = training.dense(net, images, 0)
+        packed = training.pruned(net, params, images, 0)
     for layer, density in net.kept.items():
         w = np.asarray(packed["params"][layer]["kernel"].materialize())
         assert abs((w != 0).mean() - density) <= 0.5 / w.size + 1e-9
-    assert 0.0 <= pruning_run.errors(net.model, packed, images) <= 100.0
+    assert 0.0 <= training.errors(net, packed, images) <= 100.0

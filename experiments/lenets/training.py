@@ -1,0 +1,233 @@
+"""How the LeNets are trained and pruned, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from experiments import data
+from experiments.models import lenet
+
+RESULTS = Path(__file__).parent / "results"
+HELD_OUT, BATCH, TEMPERATURE, SEEDS = 5000, 128, 4.0, (0, 1, 2)
+
+
+class Settings(NamedTuple):
+    """A net, the fraction of each layer's weights that stays, and the budget.
+
+    Attributes:
+      model: The net.
+      kept: By layer, as published.
+      published: Percent of errors, dense and pruned (Han et al., 2015, Table 1).
+      dense_epochs: Epochs of dense training.
+      epochs: Epochs of training while it is pruned and after.
+      ramp: Fraction of those until the sparsity is reached.
+      learning_rate: Of dense training; the pruned net starts with half of it.
+      decay: Weight decay of dense training.
+      pruned_decay: And while the net is pruned: few weights that must fit what many did
+        fit it too closely.
+      share: Of the loss that the dense net has while the net is pruned.
+    """
+
+    model: Any
+    kept: dict[str, float]
+    published: tuple[float, float]
+    dense_epochs: int
+    epochs: int
+    ramp: float = 0.5
+    learning_rate: float = 1.5e-3
+    decay: float = 1e-2
+    pruned_decay: float = 0.3
+    share: float = 0.0
+
+
+NETS = {
+    "lenet300": Settings(
+        model=lenet.LeNet300(),
+        kept={"ip1": 0.08, "ip2": 0.09, "ip3": 0.26},
+        published=(1.64, 1.59),
+        dense_epochs=25,
+        epochs=40,
+    ),
+    "lenet5": Settings(
+        model=lenet.LeNet5(),
+        kept={"conv1": 0.66, "conv2": 0.12, "ip1": 0.08, "ip2": 0.19},
+        published=(0.80, 0.77),
+        dense_epochs=8,
+        epochs=10,
+    ),
+}
+
+
+def batches(images: data.Images, epochs: int, seed: int) -> Iterator[Any]:
+    """Shuffled anew for every epoch; a rest is left out."""
+    rng = np.random.default_rng(seed)
+    x, y = images.x.astype(np.float32) / 255, images.y
+    for _ in range(epochs):
+        order = rng.permutation(len(x))
+        for start in range(0, len(x) - BATCH + 1, BATCH):
+            chosen = order[start : start + BATCH]
+            yield jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
+
+
+def train(
+    net: Settings,
+    params: Any,
+    images: data.Images,
+    seed: int,
+    *,
+    epochs: int,
+    rate: float,
+    decay: float,
+    scheme: jc.Transform | None = None,
+    teacher: Any = None,
+    share: float = 0.0,
+) -> tuple[Any, Any]:
+    """AdamW with a cosine schedule, a scheme inside: params and the scheme's state.
+
+    Args:
+      net: What is trained.
+      params: To begin with.
+      images: To train on.
+      seed: Of their order.
+      epochs: Passes over them.
+      rate: Learning rate at the start.
+      decay: Weight decay.
+      scheme: How the params are compressed meanwhile.
+      teacher: Params of the same net; its probabilities at temperature 4 are learned.
+      share: Of the loss that the teacher has; the labels have the rest.
+    """
+    scheme = jc.identity() if scheme is None else scheme
+    steps = epochs * (len(images.x) // BATCH)
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    tx = jc.optim.attach(optax.adamw(schedule, weight_decay=decay), scheme)
+    apply = jc.lift(net.model.apply)
+
+    def loss(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = apply(scheme.view(params, jc.optim.state(opt)), x)
+        if not share:
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        else:
+            found = jc.distill.mix(
+                logits,
+                net.model.apply(teacher, x),
+                y,
+                temperature=TEMPERATURE,
+                alpha=share,
+            )
+        return found.mean()
+
+    @jax.jit
+    def step(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, opt, x, y)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    opt, value = tx.init(params), 0.0
+    for i, (x, y) in enumerate(batches(images, epochs, seed), 1):
+        params, opt, value = step(params, opt, x, y)
+        if i % max(1, steps // 5) == 0:
+            print(f"  step {i} of {steps}: loss {float(value):.4f}", flush=True)
+    return params, jc.optim.state(opt)
+
+
+def dense(
+    net: Settings, images: data.Images, seed: int, epochs: int | None = None
+) -> Any:
+    """Params of the net before it is compressed."""
+    blank = jnp.zeros((1, 28, 28, 1))
+    params = jax.jit(net.model.init)(jax.random.key(seed), blank)
+    params, _ = train(
+        net,
+        params,
+        images,
+        seed,
+        epochs=epochs or net.dense_epochs,
+        rate=net.learning_rate,
+        decay=net.decay,
+    )
+    return params
+
+
+def errors(net: Settings, params: Any, images: data.Images) -> float:
+    """Percent of images that get another class."""
+    run = jax.jit(jc.lift(net.model.apply))
+    wrong = 0
+    for start in range(0, len(images.x), 1000):
+        part = slice(start, start + 1000)
+        logits = run(params, jnp.asarray(images.x[part].astype(np.float32) / 255))
+        wrong += int((np.asarray(logits).argmax(-1) != images.y[part]).sum())
+    return 100.0 * wrong / len(images.x)
+
+
+def scheme_of(net: Settings, steps: int, kept: dict[str, float]) -> jc.Transform:
+    """Magnitude pruning, each layer to its own density."""
+    end = int(net.ramp * steps)
+
+    def rule(layer: str, axes: Any) -> jc.Transform:
+        ramp = jc.schedules.cubic(0.0, 1.0 - kept[layer], begin=0, end=end)
+        every = max(1, steps // 300)
+        return jc.prune.magnitude(sparsity=ramp, every=every, axes=axes)
+
+    return rules(net, rule)
+
+
+def rules(net: Settings, rule: Callable[[str, Any], jc.Transform]) -> jc.Transform:
+    """``rule(layer, axes)`` for the kernel of every layer."""
+    axes = {n: (-4, -3, -2) if n.startswith("conv") else -2 for n in net.kept}
+    return jc.select({f"params/{n}/kernel": rule(n, axes[n]) for n in net.kept})
+
+
+def pruned(
+    net: Settings,
+    params: Any,
+    images: data.Images,
+    seed: int,
+    *,
+    kept: dict[str, float] | None = None,
+    epochs: int | None = None,
+) -> Any:
+    """A dense net's params after pruning, stored.
+
+    Args:
+      net: What is trained.
+      params: Of the dense net, which is the teacher as well.
+      images: To train on.
+      seed: Of their order.
+      kept: Fraction of each layer's weights that stays, if not as published.
+      epochs: Other than the net's.
+    """
+    epochs = epochs or net.epochs
+    steps = epochs * (len(images.x) // BATCH)
+    scheme = scheme_of(net, steps, kept or net.kept)
+    left, state = train(
+        net,
+        params,
+        images,
+        seed,
+        epochs=epochs,
+        rate=net.learning_rate / 2,
+        decay=net.pruned_decay,
+        scheme=scheme,
+        teacher=params,
+        share=net.share,
+    )
+    return scheme.compress(left, state)
+
+
+def load(validate: bool, root: Path | None) -> tuple[data.Images, data.Images]:
+    """Images to train on, and to score."""
+    images, test = (data.mnist(p, root) for p in ("train", "test"))
+    if not validate:
+        return images, test
+    return (
+        data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT]),
+        data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:]),
+    )
