@@ -1,9 +1,9 @@
 """Hinton's experiment: a 1200-1200 net teaches an 800-800 net MNIST.
 
 The teacher is trained with dropout and images shifted by up to two pixels. Students see
-the images as they are; those that are `regularized` see them shifted, with dropout. One
-never sees a three, and then has its bias of three raised until threes are as frequent
-as they should be.
+the images as they are; those that are `regularized` see them shifted, with dropout, and
+are taught by three such teachers. One never sees a three, and then has its bias of
+three raised until threes are as frequent as they should be.
 
     python -m experiments.distillation.mnist_run [--validate] [--resume] [--seeds 0 1 2]
         [--tables student regularized "no threes"] [--methods plain]
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,14 +87,30 @@ def jittered(x: jax.Array, key: jax.Array, shift: int) -> jax.Array:
     return jax.vmap(cut)(jnp.pad(x, pads), starts)
 
 
-def batches(images: data.Images, lessons: Any, epochs: int, seed: int) -> Iterator[Any]:
-    """Images, labels and what the teacher says; shuffled anew for every epoch."""
+class Epoch(NamedTuple):
+    """What a student sees in a pass over the images.
+
+    Attributes:
+      x: ``uint8[n, 28, 28, 1]``.
+      y: ``int32[n]``.
+      logits: ``float32[n, 10]`` of the teacher, or None.
+      taps: Its second hidden layer by name, ``float32[n, 1200]``, if kept.
+    """
+
+    x: Any
+    y: Any
+    logits: Any = None
+    taps: Any = None
+
+
+def batches(epochs: Sequence[Epoch], seed: int) -> Iterator[Epoch]:
+    """Parts of every epoch, shuffled."""
     rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(images.x))
+    for epoch in epochs:
+        order = rng.permutation(len(epoch.x))
         for start in range(0, len(order) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]
-            yield jax.tree.map(lambda a, at=chosen: a[at], (*images, lessons))
+            yield jax.tree.map(lambda a, at=chosen: a[at], epoch)
 
 
 def labels_only(seen: Seen) -> jax.Array:
@@ -131,6 +147,12 @@ def hints(seen: Seen) -> jax.Array:
     return labels_only(seen) + found.mean()
 
 
+def correlations(seen: Seen) -> jax.Array:
+    """DIST: correlations within an image and within a class, and the labels."""
+    found = jc.distill.dist(seen.student, seen.teacher, temperature=4.0)
+    return labels_only(seen) + 2.0 * found.mean()
+
+
 def similarity(seen: Seen) -> jax.Array:
     """Which images are alike in the second hidden layer, and the labels."""
     found = jc.distill.similarity_preserving(
@@ -147,59 +169,63 @@ METHODS: dict[str, Method] = {
     "soft targets, T = 4": functools.partial(soft, temperature=4.0),
     "logit MSE": logit_mse,
     "decoupled": decoupled,
+    "DIST": correlations,
     "hints": hints,
     "similarity": similarity,
 }
+OUTPUTS = ("plain", "soft targets, T = 4", "logit MSE", "decoupled", "DIST")
+"""Methods that need the teacher's logits alone."""
 
 
-def fit(
-    net: Net,
-    images: data.Images,
-    seed: int,
-    method: Method,
-    teacher: Any = None,
-    *,
-    lessons: Any = None,
-) -> Any:
-    """Train a net by a method.
-
-    A teacher is asked about every shifted image anew; what it says of the images as
-    they are comes as `lessons`.
-    """
-    key, regime = jax.random.key(seed), net.regime
-    steps = regime.epochs * (len(images.x) // BATCH)
+def fit(net: Net, epochs: Sequence[Epoch], seed: int, method: Method) -> Any:
+    """Train a net by a method; images are shifted as its regime says."""
+    key, shift = jax.random.key(seed), net.regime.shift
+    steps = sum(len(epoch.x) // BATCH for epoch in epochs)
     run = jc.distill.features(net.apply, HIDDEN)
 
-    def loss(params: Any, aux: Any, batch: Any, i: jax.Array) -> tuple[jax.Array, Any]:
-        x, labels, said = batch
-        shift, drop = jax.random.split(jax.random.fold_in(key, i))
-        shown = jittered(x, shift, regime.shift) if regime.shift else x
-        logits, taps = run(params["net"], shown, train=True, rngs={"dropout": drop})
-        if said is None:
-            said = (logits, taps) if teacher is None else taught(teacher, shown)
-        target, values = said
-        seen = Seen(logits, target, labels, taps, values, params["projector"])
+    def loss(params: Any, aux: Any, batch: Epoch, i: jax.Array) -> Any:
+        moved, drop = jax.random.split(jax.random.fold_in(key, i))
+        x = jittered(batch.x, moved, shift) if shift else batch.x
+        logits, taps = run(params["net"], x, train=True, rngs={"dropout": drop})
+        seen = Seen(
+            logits, batch.logits, batch.y, taps, batch.taps, params["projector"]
+        )
         return method(seen), aux
 
     params = {
-        "net": jax.jit(net.init)(key, images.x[:1]),
+        "net": jax.jit(net.init)(key, epochs[0].x[:1]),
         "projector": PROJECTOR.init(jax.random.split(key)[1]),
     }
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-    shown = batches(images, lessons, regime.epochs, seed)
-    return train(params, loss, shown, tx, steps=steps)[0]["net"]
+    return train(params, loss, batches(epochs, seed), tx, steps=steps)[0]["net"]
 
 
-taught = jc.distill.features(Net(TEACHER).apply, HIDDEN)
-"""Logits of the teacher, and its second hidden layer."""
+@jax.jit
+def said_by(teachers: Sequence[Any], x: jax.Array) -> tuple[jax.Array, Any]:
+    """Mean logits of the teachers; the second hidden layer of one that is alone."""
+    ask: Any = jc.distill.features(Net(TEACHER).apply, HIDDEN)
+    found = [ask(teacher, x) for teacher in teachers]
+    logits = jc.distill.average([logits for logits, _ in found])
+    return logits, found[0][1] if len(found) == 1 else None
 
 
-def lessons_of(teacher: Any, images: data.Images) -> Any:
-    """What the teacher says of every image, asked once."""
-    run = jax.jit(taught)
-    cut = np.array_split(images.x, len(images.x) // 1000)
-    parts = [run(teacher, part) for part in cut]
-    return jax.tree.map(lambda *part: np.concatenate(part), *parts)
+def taught(teachers: Sequence[Any], x: np.ndarray, y: np.ndarray) -> Epoch:
+    """Images with what the teachers say of them."""
+    parts = [said_by(teachers, part) for part in np.array_split(x, len(x) // 1000)]
+    join = lambda *part: np.concatenate(part)
+    return Epoch(x, y, *jax.tree.map(join, *parts))
+
+
+def epochs_of(
+    images: data.Images, regime: Regime, teachers: Sequence[Any]
+) -> list[Epoch]:
+    """All epochs of a student: images shifted anew for each, or one for all."""
+    if not regime.shift:
+        return [taught(teachers, *images)] * regime.epochs
+    move = jax.jit(jittered, static_argnums=2)
+    keys = jax.random.split(jax.random.key(0), regime.epochs)
+    moved = (np.asarray(move(images.x, key, regime.shift)) for key in keys)
+    return [taught(teachers, x, images.y) for x in moved]
 
 
 def predictions(net: Net, params: Any, images: data.Images) -> np.ndarray:
@@ -231,20 +257,22 @@ class Table(NamedTuple):
     Attributes:
       methods: Names of those to compare.
       regime: How they are trained.
+      teachers: How many teach them.
       sees: Which images they see, or None for all.
-      told: Whether what the teacher says is computed once.
     """
 
     methods: tuple[str, ...]
     regime: Regime
+    teachers: int = 1
     sees: Callable[[np.ndarray], np.ndarray] | None = None
-    told: bool = True
 
 
 TABLES = {
     "student": Table(tuple(METHODS), PLAIN),
-    "regularized": Table(tuple(METHODS), REGULARIZED, told=False),
-    "no threes": Table(("soft targets",), PLAIN, lambda labels: labels != LEFT_OUT),
+    "regularized": Table(OUTPUTS, REGULARIZED, teachers=3),
+    "no threes": Table(
+        ("soft targets",), PLAIN, sees=lambda labels: labels != LEFT_OUT
+    ),
 }
 
 
@@ -264,7 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
+    parser.add_argument("--teacher", type=Path, help="a file to keep teachers in")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -274,18 +302,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def teacher_of(images: data.Images, path: Path | None) -> Any:
-    """The teacher, from its file if there is one."""
-    if path and path.exists():
-        return jc.io.load(path)
-    teacher = fit(Net(TEACHER, OF_THE_TEACHER), images, 0, labels_only)
-    if path:
-        jc.io.save(path, teacher)
-    return teacher
+def teachers_of(images: data.Images, count: int, path: Path | None) -> list[Any]:
+    """Teachers of different seeds; those that a file has are not trained again."""
+    found = jc.io.load(path) if path and path.exists() else []
+    epochs = [Epoch(*images)] * OF_THE_TEACHER.epochs
+    while len(found) < count:
+        found.append(fit(Net(TEACHER, OF_THE_TEACHER), epochs, len(found), labels_only))
+        if path:
+            jc.io.save(path, found, overwrite=True)
+    return found[:count]
 
 
 def main() -> None:
-    """The teacher, then every student."""
+    """Every table: the teachers, then every student."""
     options = arguments()
     name = "mnist_validation" if options.validate else "mnist"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
@@ -293,27 +322,28 @@ def main() -> None:
     if options.validate:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
-    teacher = teacher_of(images, options.teacher)
-    if ("teacher", "plain") not in report:
-        found = wrong(predictions(Net(TEACHER), teacher, test), test.y)
-        report.add("teacher", "plain", "", found)
-    lessons = lessons_of(teacher, images)
     given = {name: getattr(options, name) for name in Regime._fields[:3]}
     tried = {name: value for name, value in given.items() if value is not None}
     label = "".join(f", {name} {value:g}" for name, value in tried.items())
     for which in options.tables:
         table = TABLES[which]
-        shown, said = images, lessons
+        teachers = teachers_of(images, table.teachers, options.teacher)
+        row = "plain" if len(teachers) == 1 else f"mean of {len(teachers)}"
+        if ("teacher", row) not in report:
+            found = taught(teachers, *test)
+            report.add("teacher", row, "", wrong(found.logits, test.y))
+        shown = images
         if table.sees is not None:
             chosen = table.sees(images.y)
-            shown, said = jax.tree.map(lambda a, at=chosen: a[at], (images, lessons))
-        net = Net(STUDENT, table.regime._replace(**tried))
+            shown = data.Images(images.x[chosen], images.y[chosen])
+        regime = table.regime._replace(**tried)
+        epochs = epochs_of(shown, regime, teachers)
+        net = Net(STUDENT, regime._replace(shift=0))
         methods = [m for m in table.methods if m in options.methods]
-        for method, seed in ((m, s) for m in methods for s in options.seeds):
+        for seed, method in ((s, m) for s in options.seeds for m in methods):
             if (which, row := f"{method}{label}, seed {seed}") in report:
                 continue
-            known = said if table.told else None
-            params = fit(net, shown, seed, METHODS[method], teacher, lessons=known)
+            params = fit(net, epochs, seed, METHODS[method])
             logits = predictions(net, params, test)
             share = float((images.y == LEFT_OUT).mean())
             more = {} if table.sees is None else after_bias(logits, test, share)
