@@ -1,9 +1,11 @@
 """MiniLM teaches encoders of three and of two of its six layers, on STS-B.
 
 The teacher is all-MiniLM-L6-v2 after one epoch on STS-B's scores. Students begin as
-layers of the teacher and keep its embeddings, which are not trained.
+layers of the teacher and keep its embeddings, which are not trained; they see every
+second pair once.
 
     python -m experiments.distillation.minilm_run [--validate] [--resume]
+        [--teacher FILE]
 
 Scores are Spearman correlations x100 on STS-B test (`--validate`: dev).
 """
@@ -149,12 +151,24 @@ def fit(
     return {"params": {"embeddings": embeddings, "layers": trained}}
 
 
+def tuned(params: Any, pairs: data.Pairs, path: Path | None) -> Any:
+    """The teacher after its epoch, from its file if there is one."""
+    if path and path.exists():
+        return jc.io.load(path)
+    nothing = np.zeros((2 * len(pairs.scores), minilm.WIDTH), np.float32)
+    params = fit(params, minilm.LAYERS, pairs, nothing, 0, people, TEACHER_RATE)
+    if path:
+        jc.io.save(path, params)
+    return params
+
+
 def main() -> None:
     """The teacher, then every student."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--layers", nargs="+", type=int, default=list(STUDENTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -170,34 +184,33 @@ def main() -> None:
         return round(sentences.spearman(test, vectors), 2)
 
     model, teacher = minilm.load(scan=True)
-    texts = training.first + training.second
-    nothing = np.zeros((len(texts), minilm.WIDTH), np.float32)
     if ("teacher", "pretrained") not in report:
         report.add("teacher", "pretrained", "", score(teacher, minilm.LAYERS))
-    teacher = fit(teacher, minilm.LAYERS, training, nothing, 0, people, TEACHER_RATE)
+    teacher = tuned(teacher, training, options.teacher)
     if ("teacher", "tuned") not in report:
         report.add("teacher", "tuned", "", score(teacher, minilm.LAYERS))
-    vectors = sentences.encode(model.apply, teacher, texts)
+    scores, first, second = training
+    seen = data.Pairs(scores[::2], first[::2], second[::2])
+    vectors = sentences.encode(model.apply, teacher, seen.first + seen.second)
     for layers in options.layers:
         which = jc.distill.layer_map(layers, minilm.LAYERS)
         start = jc.distill.take_layers(teacher, "params/layers", which)
         if (f"{layers} layers", "not trained") not in report:
             report.add(f"{layers} layers", "not trained", "", score(start, layers))
-        for method in options.methods:
-            for seed in options.seeds:
-                if (f"{layers} layers", row := f"{method}, seed {seed}") in report:
-                    continue
-                params = fit(
-                    start,
-                    layers,
-                    training,
-                    vectors,
-                    seed,
-                    METHODS[method],
-                    LEARNING_RATE,
-                    teacher,
-                )
-                report.add(f"{layers} layers", row, "", score(params, layers))
+        for seed, method in ((s, m) for s in options.seeds for m in options.methods):
+            if (f"{layers} layers", row := f"{method}, seed {seed}") in report:
+                continue
+            params = fit(
+                start,
+                layers,
+                seen,
+                vectors,
+                seed,
+                METHODS[method],
+                LEARNING_RATE,
+                teacher,
+            )
+            report.add(f"{layers} layers", row, "", score(params, layers))
         add_means(report, f"{layers} layers", options.methods)
 
 
