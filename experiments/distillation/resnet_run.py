@@ -34,7 +34,7 @@ from experiments.resnets.post_training import augmented
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 1000
 TEACHER, STUDENT = 56, 20
-BATCH, LEARNING_RATE, MOMENTUM, DECAY = 100, 0.05, 0.9, 5e-4
+BATCH, MOMENTUM, DECAY = 100, 0.9, 5e-4
 TEMPERATURE = 4.0
 LAST_MAPS = {56: "ResNet/layer3_8", 20: "ResNet/layer3_2"}
 WEIGHTS = jc.where("layer*/**/kernel")
@@ -93,6 +93,7 @@ class Setting(NamedTuple):
       images: How many, from the first.
       epochs: Passes over them.
       noise: Whether every pass shifts and mirrors them anew.
+      rate: Learning rate at the start.
     """
 
     scheme: Callable[[int], jc.Transform]
@@ -101,6 +102,7 @@ class Setting(NamedTuple):
     images: int
     epochs: int
     noise: bool
+    rate: float
 
 
 def pruning(steps: int) -> jc.Transform:
@@ -117,6 +119,7 @@ SETTINGS = {
         images=5000,
         epochs=1,
         noise=True,
+        rate=0.02,
     ),
     "pruned": Setting(
         scheme=pruning,
@@ -125,6 +128,7 @@ SETTINGS = {
         images=1000,
         epochs=6,
         noise=False,
+        rate=0.01,
     ),
     "2 bits": Setting(
         scheme=lambda steps: jc.quant.lsq(jc.quant.int2()),
@@ -133,6 +137,7 @@ SETTINGS = {
         images=1000,
         epochs=6,
         noise=False,
+        rate=0.01,
     ),
 }
 
@@ -217,7 +222,7 @@ def fit(
 
     tx = optax.chain(
         optax.add_decayed_weights(DECAY, jc.weight_decay_mask),
-        optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), MOMENTUM),
+        optax.sgd(optax.cosine_decay_schedule(setting.rate, steps), MOMENTUM),
     )
     axes = jc.trace_axes(
         lambda params, x: model.apply({"params": params, "batch_stats": stats}, x),
