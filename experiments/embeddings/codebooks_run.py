@@ -5,7 +5,7 @@ the setting chosen for each number of bits. Rows count by how often their token 
 in STS-B's training sentences ("frequent"), or all alike. Bits are of the leaf's real
 buffers, codebooks included.
 
-    python -m experiments.codebooks.embeddings_run [--resume]
+    python -m experiments.embeddings.codebooks_run [--resume]
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
     options = parser.parse_args()
     model, params = minilm.load(scan=True)
-    report = Report("embeddings", __doc__, folder=HERE, resume=options.resume)
+    report = Report("codebooks", __doc__, folder=HERE, resume=options.resume)
     dev = scorer(model, options.data_dir, "stsb_dev")
     test = scorer(model, options.data_dir, "stsb_test")
     importance = jnp.asarray(frequencies(options.data_dir))
