@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -74,11 +73,20 @@ def distance(vectors: jax.Array, target: jax.Array) -> jax.Array:
 class Table:
     """Scores of compressed parameters beside the float vectors, row by row."""
 
-    def __init__(self, model: Any, params: Any, parts: dict[str, Any], report: Report):
-        """A table; every part is encoded once in float."""
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        parts: dict[str, Any],
+        report: Report,
+        *,
+        entropy: Any = None,
+    ) -> None:
+        """A table; every part is encoded once in float, files as `io.save` does."""
         self.apply: Any = jc.lift(model.apply)
+        self.entropy = entropy
         self.parts, self.report = parts, report
-        self.dense = self._file_bytes(params)
+        self.dense = jc.io.file_bytes(params)
         self.float = functools.cache(
             functools.partial(self._encode, model.apply, params)
         )
@@ -96,7 +104,7 @@ class Table:
             cosine = float((vectors * self.float(name)).sum(-1).mean())
             spearman = sentences.spearman(self.parts[name], vectors)
             scores |= {name: round(spearman, 2), f"{name}_cosine": round(cosine, 4)}
-        size = self._file_bytes(packed)
+        size = jc.io.file_bytes(packed, entropy=self.entropy)
         scores |= {"bytes": size, "percent": round(100 * size / self.dense, 1)}
         first = scores.pop(f"{next(iter(self.parts))}_cosine")
         self.report.add(grid, method, "", first, **scores)
@@ -104,12 +112,6 @@ class Table:
     def _encode(self, apply: Any, params: Any, name: str) -> np.ndarray:
         pairs = self.parts[name]
         return sentences.encode(apply, params, pairs.first + pairs.second)
-
-    def _file_bytes(self, tree: Any) -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.jc"
-            jc.io.save(file, tree)
-            return file.stat().st_size
 
 
 def eight_bits(table: Table, model: Any, params: Any, batches: Any) -> None:
