@@ -24,8 +24,8 @@ from jaxcompress.codebook._hessian import (
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Algorithm, Statistics
 from jaxcompress.lift import sweep as sweep_model
+from jaxcompress.lift._algorithm import core_name
 from jaxcompress.lift._second_moment import check_feedback, factorize, mean_gram
-from jaxcompress.lift._sweep import core_name
 
 _BASELINE = Search(iterations=10)
 

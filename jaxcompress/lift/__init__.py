@@ -1,5 +1,7 @@
 """The walker: runs any function on compressed leaves, and looks inside it."""
 
+from ._algorithm import Algorithm as Algorithm
+from ._algorithm import Layer as Layer
 from ._calibrate import calibrate as calibrate
 from ._compress import compress as compress
 from ._explain import Explanation as Explanation
@@ -14,7 +16,5 @@ from ._plan import Planned as Planned
 from ._plan import plan as plan
 from ._statistics import Statistics as Statistics
 from ._statistics import statistics as statistics
-from ._sweep import Algorithm as Algorithm
-from ._sweep import Layer as Layer
 from ._sweep import sweep as sweep
 from ._tracked import LiftError as LiftError

@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.layout import Axes, Layout
+from jaxcompress.layout import Axes
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import _compat
+from jaxcompress.lift._algorithm import Algorithm, Layer
 from jaxcompress.lift._explain import UseSite, find_sites, site_axes
 from jaxcompress.lift._journal import Journal, fingerprint
 from jaxcompress.lift._memory import check_memory, sweep_bytes
+from jaxcompress.lift._output_error import moved, relative_error
 from jaxcompress.lift._pending import Pending
 from jaxcompress.lift._rows import ROWS
 from jaxcompress.lift._statistics import Statistics, statistics
@@ -32,72 +34,6 @@ from jaxcompress.lift._tracked import LiftError, Tracked, track
 from jaxcompress.lift._walk import Use
 from jaxcompress.progress import say
 from jaxcompress.transform import check_weight
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """How a sweep compresses one weight.
-
-    Attributes:
-      run: ``(w, stats, *, axes, path) -> leaf``, pure and jittable: of the weight
-        ``float[*stack, *core]`` and the `Statistics` of what enters its matmul, or
-        None where nothing does (an embedding look-up).
-      baseline: The same without the statistics, whose error a layer's is compared to.
-      name: What the log and the fingerprint of a resumed sweep call it.
-    """
-
-    run: Callable[..., Leaf]
-    baseline: Callable[..., Leaf]
-    name: str
-
-
-def core_name(core: Any) -> str:
-    """A name of a function that says its options, the same in every run."""
-    if not isinstance(core, functools.partial):
-        return core.__name__
-    options = [_option(v) for v in core.args]
-    options += [f"{k}={_option(v)}" for k, v in sorted(core.keywords.items())]
-    return f"{core_name(core.func)}({', '.join(options)})"
-
-
-def _option(value: Any) -> str:
-    return core_name(value) if callable(value) else str(value)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What a sweep reports of one weight it compressed.
-
-    Attributes:
-      path: Key path.
-      entry: Which entry of the stack, or None of a weight that is whole.
-      method: What was done.
-      rows: Rows that entered its matmul.
-      error_before: Relative output error ``|X (W - Q)|^2 / |X W|^2`` of the baseline;
-        None without statistics.
-      error: Of the algorithm.
-      seconds: Time it took.
-      resumed: Whether it was read back from an earlier run.
-    """
-
-    path: str
-    entry: int | None
-    method: str
-    rows: float
-    error_before: float | None
-    error: float | None
-    seconds: float
-    resumed: bool = False
-
-    def __str__(self) -> str:
-        """One line, for people who watch."""
-        name = self.path if self.entry is None else f"{self.path}[{self.entry}]"
-        if self.error is None or self.error_before is None:
-            return f"{name}: {self.method}, without data"
-        return (
-            f"{name}: {self.method}, relative output error {self.error_before:.3g} -> "
-            f"{self.error:.3g}, {self.seconds:.1f} s" + " (resumed)" * self.resumed
-        )
 
 
 def sweep(
@@ -339,7 +275,7 @@ class Sweep:
         stats, cross = self._statistics(weight, site, others)
         if cross is not None:
             move = self.program.jit(
-                ("move", axes), functools.partial(_move, axes, self.damping)
+                ("move", axes), functools.partial(moved, axes, self.damping)
             )
             w = move(w, stats.gram, cross)
         like = jax.eval_shape(self._compressor(algorithm.run, axes, path), w, stats)
@@ -349,7 +285,9 @@ class Sweep:
             leaf = self._compressor(algorithm.run, axes, path)(w, stats)
         error = before = None
         if stats is not None:
-            measure = self.program.jit(("error", axes), functools.partial(_error, axes))
+            measure = self.program.jit(
+                ("error", axes), functools.partial(relative_error, axes)
+            )
             base = self._compressor(algorithm.baseline, axes, path)(w, stats)
             before = float(measure(w, base, stats.gram))
             error = float(measure(w, leaf, stats.gram))
@@ -439,42 +377,3 @@ def _refuse_infinite(stats: Statistics, path: str) -> None:
             f"{stats.total_square.size} channels are NaN, infinite or overflow when "
             "squared. Look at the batches, or leave the weight out of the rules."
         )
-
-
-def _flat(axes: Axes, w: jax.Array) -> jax.Array:
-    """``[*stack, K, outputs]``."""
-    layout = Layout.of(w.shape, axes)
-    a = layout.to_storage(w.astype(jnp.float32))
-    stack = a.shape[: axes.stack]
-    return jnp.matrix_transpose(a.reshape(*stack, -1, a.shape[-1]))
-
-
-def _move(
-    axes: Axes, damping: float, w: jax.Array, gram: jax.Array, cross: jax.Array
-) -> jax.Array:
-    """The weight that makes up for the errors of its inputs, in least squares."""
-    layout = Layout.of(w.shape, axes)
-    k = gram.shape[-1]
-    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / k
-    ridge = damping * mean * jnp.eye(k, dtype=jnp.float32)
-    flat = _flat(axes, w)
-    right = jnp.matmul(cross + ridge, flat, precision="highest")
-    empty = mean <= 0
-    left = jnp.where(empty, jnp.eye(k, dtype=jnp.float32), gram + ridge)
-    solved = jax.scipy.linalg.solve(left, jnp.where(empty, flat, right), assume_a="pos")
-    good = jnp.isfinite(solved).all(axis=(-2, -1), keepdims=True)
-    moved = jnp.matrix_transpose(jnp.where(good, solved, flat))
-    storage = layout.to_storage(w).shape
-    return layout.from_storage(moved.reshape(storage)).astype(w.dtype)
-
-
-def _error(axes: Axes, w: jax.Array, leaf: Leaf, gram: jax.Array) -> jax.Array:
-    """Relative output error of a compressed weight, in energy."""
-    dense = _flat(axes, w)
-    off = dense - _flat(axes, leaf.materialize())
-
-    def energy(a: jax.Array) -> jax.Array:
-        return jnp.sum(a * jnp.matmul(gram, a, precision="highest"))
-
-    total = energy(dense)
-    return jnp.where(total > 0, energy(off) / jnp.where(total > 0, total, 1.0), 0.0)

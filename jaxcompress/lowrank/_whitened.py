@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Algorithm, Statistics, sweep
+from jaxcompress.lift._algorithm import core_name
 from jaxcompress.lift._second_moment import mean_gram
-from jaxcompress.lift._sweep import core_name
 from jaxcompress.lowrank._array import LowRankArray
 from jaxcompress.lowrank._decompose import rebalanced, truncated_svd
 from jaxcompress.lowrank._factors import product

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Algorithm, sweep
-from jaxcompress.lift._sweep import core_name
+from jaxcompress.lift._algorithm import core_name
 from jaxcompress.prune import scores
 from jaxcompress.prune._pattern import Pattern
 from jaxcompress.prune._sparsegpt import sparsegpt_weight

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxcompress.leaf import Leaf
 from jaxcompress.lift import Algorithm, sweep
-from jaxcompress.lift._sweep import core_name
+from jaxcompress.lift._algorithm import core_name
 from jaxcompress.quant._adaround import adaround_weight
 from jaxcompress.quant._awq import awq_weight
 from jaxcompress.quant._format import NumberFormat
