@@ -9,8 +9,9 @@ three raised until threes are as frequent as they should be.
         [--tables student regularized "no threes"] [--methods plain]
 
 Scores are errors on the 10,000 test images. `--validate` trains on 55,000 images and
-scores the other 5,000 of the training set; settings are chosen so, by `--epochs`,
-`--dropout` and `--input-dropout`, which stand in the names of the rows.
+scores the other 5,000 of the training set; settings are chosen so, those of the teacher
+by `--tables teacher`, by `--epochs`, `--dropout` and `--input-dropout`, which stand in
+the names of the rows.
 """
 
 from __future__ import annotations
@@ -218,14 +219,21 @@ def taught(teachers: Sequence[Any], x: np.ndarray, y: np.ndarray) -> Epoch:
 
 def epochs_of(
     images: data.Images, regime: Regime, teachers: Sequence[Any]
-) -> list[Epoch]:
-    """All epochs of a student: images shifted anew for each, or one for all."""
+) -> tuple[list[Epoch], Regime]:
+    """All epochs of a net, and what is left of its regime.
+
+    Where teachers are asked, images are shifted anew for every epoch, not for every
+    net.
+    """
+    if not teachers:
+        return [Epoch(*images)] * regime.epochs, regime
     if not regime.shift:
-        return [taught(teachers, *images)] * regime.epochs
+        return [taught(teachers, *images)] * regime.epochs, regime
     move = jax.jit(jittered, static_argnums=2)
     keys = jax.random.split(jax.random.key(0), regime.epochs)
     moved = (np.asarray(move(images.x, key, regime.shift)) for key in keys)
-    return [taught(teachers, x, images.y) for x in moved]
+    epochs = [taught(teachers, x, images.y) for x in moved]
+    return epochs, regime._replace(shift=0)
 
 
 def predictions(net: Net, params: Any, images: data.Images) -> np.ndarray:
@@ -252,22 +260,25 @@ def raised(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 class Table(NamedTuple):
-    """Students of one kind.
+    """Nets of one kind.
 
     Attributes:
       methods: Names of those to compare.
       regime: How they are trained.
       teachers: How many teach them.
       sees: Which images they see, or None for all.
+      width: Of their hidden layers.
     """
 
     methods: tuple[str, ...]
     regime: Regime
     teachers: int = 1
     sees: Callable[[np.ndarray], np.ndarray] | None = None
+    width: int = STUDENT
 
 
 TABLES = {
+    "teacher": Table(("plain",), OF_THE_TEACHER, teachers=0, width=TEACHER),
     "student": Table(tuple(METHODS), PLAIN),
     "regularized": Table(OUTPUTS, REGULARIZED, teachers=3),
     "no threes": Table(
@@ -294,7 +305,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--teacher", type=Path, help="a file to keep teachers in")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES)[1:])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--dropout", type=float)
@@ -305,16 +316,47 @@ def arguments() -> argparse.Namespace:
 def teachers_of(images: data.Images, count: int, path: Path | None) -> list[Any]:
     """Teachers of different seeds; those that a file has are not trained again."""
     found = jc.io.load(path) if path and path.exists() else []
-    epochs = [Epoch(*images)] * OF_THE_TEACHER.epochs
+    epochs, regime = epochs_of(images, OF_THE_TEACHER, [])
     while len(found) < count:
-        found.append(fit(Net(TEACHER, OF_THE_TEACHER), epochs, len(found), labels_only))
+        found.append(fit(Net(TEACHER, regime), epochs, len(found), labels_only))
         if path:
             jc.io.save(path, found, overwrite=True)
     return found[:count]
 
 
+def run_table(
+    report: Report,
+    which: str,
+    images: data.Images,
+    test: data.Images,
+    options: argparse.Namespace,
+) -> None:
+    """Every method and seed of a table; a row for its teachers."""
+    table = TABLES[which]
+    given = {name: getattr(options, name) for name in Regime._fields[:3]}
+    tried = {name: value for name, value in given.items() if value is not None}
+    label = "".join(f", {name} {value:g}" for name, value in tried.items())
+    teachers = teachers_of(images, table.teachers, options.teacher)
+    if teachers and ("teacher", row := f"mean of {len(teachers)}") not in report:
+        report.add("teacher", row, "", wrong(taught(teachers, *test).logits, test.y))
+    share = float((images.y == LEFT_OUT).mean())
+    if table.sees is not None:
+        chosen = table.sees(images.y)
+        images = data.Images(images.x[chosen], images.y[chosen])
+    epochs, regime = epochs_of(images, table.regime._replace(**tried), teachers)
+    net = Net(table.width, regime)
+    methods = [m for m in table.methods if m in options.methods]
+    for seed, method in ((s, m) for s in options.seeds for m in methods):
+        if (which, row := f"{method}{label}, seed {seed}") in report:
+            continue
+        logits = predictions(net, fit(net, epochs, seed, METHODS[method]), test)
+        more = {} if table.sees is None else after_bias(logits, test, share)
+        report.add(which, row, "", wrong(logits, test.y), **more)
+    add_means(report, which, [f"{method}{label}" for method in methods])
+
+
 def main() -> None:
-    """Every table: the teachers, then every student."""
+    """Every table."""
     options = arguments()
     name = "mnist_validation" if options.validate else "mnist"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
@@ -322,33 +364,8 @@ def main() -> None:
     if options.validate:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
-    given = {name: getattr(options, name) for name in Regime._fields[:3]}
-    tried = {name: value for name, value in given.items() if value is not None}
-    label = "".join(f", {name} {value:g}" for name, value in tried.items())
     for which in options.tables:
-        table = TABLES[which]
-        teachers = teachers_of(images, table.teachers, options.teacher)
-        row = "plain" if len(teachers) == 1 else f"mean of {len(teachers)}"
-        if ("teacher", row) not in report:
-            found = taught(teachers, *test)
-            report.add("teacher", row, "", wrong(found.logits, test.y))
-        shown = images
-        if table.sees is not None:
-            chosen = table.sees(images.y)
-            shown = data.Images(images.x[chosen], images.y[chosen])
-        regime = table.regime._replace(**tried)
-        epochs = epochs_of(shown, regime, teachers)
-        net = Net(STUDENT, regime._replace(shift=0))
-        methods = [m for m in table.methods if m in options.methods]
-        for seed, method in ((s, m) for s in options.seeds for m in methods):
-            if (which, row := f"{method}{label}, seed {seed}") in report:
-                continue
-            params = fit(net, epochs, seed, METHODS[method])
-            logits = predictions(net, params, test)
-            share = float((images.y == LEFT_OUT).mean())
-            more = {} if table.sees is None else after_bias(logits, test, share)
-            report.add(which, row, "", wrong(logits, test.y), **more)
-        add_means(report, which, [f"{method}{label}" for method in methods])
+        run_table(report, which, images, test, options)
 
 
 if __name__ == "__main__":
