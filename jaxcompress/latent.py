@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxcompress.leaf import Leaf, map_value
+from jaxcompress.leaf import Leaf, Traits, map_value
 
 
 class LatentLeaf(Leaf):
@@ -21,8 +21,10 @@ class LatentLeaf(Leaf):
 
     latent: Any
 
-    elementwise = True
-    preserves_zeros = True
+    @property
+    def traits(self) -> Traits:
+        """Those of a dense array."""
+        return Traits(preserves_zeros=True, elementwise=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

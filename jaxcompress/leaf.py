@@ -120,6 +120,20 @@ class Place(NamedTuple):
     read: Callable[[jax.Array], jax.Array]
 
 
+class Traits(NamedTuple):
+    """What a leaf's storage keeps and its rules can, for those that build on it.
+
+    Attributes:
+      preserves_zeros: A zero weight comes back as an exact zero.
+      elementwise: Each weight has a stored element of its own, so that a mask survives.
+      own_matmul: `Leaf.dot_general` does other than dequantize and multiply.
+    """
+
+    preserves_zeros: bool = False
+    elementwise: bool = False
+    own_matmul: bool = False
+
+
 class Leaf(abc.ABC):
     """A compressed array: logical `shape` and `dtype`, and the buffers it is stored in.
 
@@ -131,15 +145,6 @@ class Leaf(abc.ABC):
     then materializes, and says so. No method validates in ``__post_init__``: JAX
     rebuilds nodes with placeholders.
     """
-
-    preserves_zeros: ClassVar[bool] = False
-    """Whether a zero weight comes back as an exact zero."""
-
-    elementwise: ClassVar[bool] = False
-    """Whether each weight has a stored element of its own, so that a mask survives."""
-
-    has_own_matmul: ClassVar[bool] = False
-    """Whether `dot_general` does other than dequantize and multiply."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -165,6 +170,11 @@ class Leaf(abc.ABC):
         """The dense array, of `shape` and `dtype`."""
 
     # -- what a leaf may define
+
+    @property
+    def traits(self) -> Traits:
+        """What its storage keeps and its rules can."""
+        return Traits()
 
     def portable(self) -> Leaf:
         """The form that files hold: itself, but for what one device alone reads."""
@@ -399,6 +409,13 @@ def materialize(tree: Any) -> Any:
     )
 
 
+def traits(value: Any) -> Traits:
+    """Those of a leaf, or of an array."""
+    if isinstance(value, Leaf):
+        return value.traits
+    return Traits(preserves_zeros=True, elementwise=True)
+
+
 def relayout_array(a: jax.Array, op: LayoutOp) -> jax.Array:
     """Apply a layout operation to a dense array."""
     match op:
@@ -438,6 +455,12 @@ def dense_dot_general(
         info = jnp.finfo(out.dtype)
         out = jax.lax.reduce_precision(out, info.nexp, info.nmant)
     return Ran(out, "dequantized dot")
+
+
+def result_dtype(x: jax.Array, leaf: Any, params: dict[str, Any]) -> Any:
+    """The dtype that a matmul's parameters ask for, or that of both operands."""
+    stated = params.get("preferred_element_type")
+    return jnp.result_type(x, leaf.dtype) if stated is None else stated
 
 
 def dense_ragged_dot(

@@ -16,6 +16,7 @@ from .leaf import (
     LayoutOp,
     Leaf,
     Ran,
+    Traits,
     component,
     dense_dot_general,
     dense_ragged_dot,
@@ -57,19 +58,9 @@ class StraightThrough(Leaf):
     gate: jax.Array | None = component(role=FROZEN, default=None)
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the stored form does."""
-        return self.stored.preserves_zeros
-
-    @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """As the stored form is."""
-        return self.stored.elementwise
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """As the stored form has."""
-        return self.stored.has_own_matmul
+    def traits(self) -> Traits:
+        """Those of the stored form."""
+        return self.stored.traits
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,7 +130,7 @@ class StraightThrough(Leaf):
             x = view.stored.prepare_activations(x, contracted)
             return dense_dot_general(view, x, dimension_numbers, **options)
 
-        if not self.has_own_matmul:
+        if not self.traits.own_matmul:
             return super().dot_general(x, dimension_numbers, **options)
         return Ran(_run_as(own, dense, self, x), "training view")
 
@@ -154,7 +145,7 @@ class StraightThrough(Leaf):
         def dense(view: StraightThrough, x: jax.Array) -> Ran:
             return dense_ragged_dot(view, x, group_sizes, numbers, **params)
 
-        if not self.has_own_matmul:
+        if not self.traits.own_matmul:
             return super().ragged_dot_general(x, group_sizes, numbers, **params)
         return Ran(_run_as(own, dense, self, x), "training view")
 

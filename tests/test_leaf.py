@@ -66,9 +66,9 @@ class TestStraightThroughLeaf:
         np.testing.assert_array_equal(leaf.materialize(), DENSE)
         assert (leaf.shape, leaf.dtype) == (QUANTIZED.shape, QUANTIZED.dtype)
         assert leaf.method == "int4 g2 (training view)"
-        assert leaf.preserves_zeros
-        assert leaf.elementwise
-        assert not leaf.has_own_matmul
+        assert leaf.traits.preserves_zeros
+        assert leaf.traits.elementwise
+        assert not leaf.traits.own_matmul
 
     @pytest.mark.parametrize("gate", [None, MASK], ids=["open", "gated"])
     def test_the_gradient_goes_to_the_latent_through_the_gate(
@@ -110,7 +110,7 @@ class TestStraightThroughLeaf:
     def test_its_own_matmul_runs_stored_and_differentiates_dense(self) -> None:
         scheme = jc.quant.weights(jc.presets.W8A8)
         leaf = jax.jit(scheme.view)(*scheme.init({"w": W}))["w"]
-        assert leaf.has_own_matmul
+        assert leaf.traits.own_matmul
         f = jax.jit(jc.lift(lambda w, x: x @ w))
         np.testing.assert_array_equal(f(leaf, X), f(leaf.stored, X))
         g = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4)), jnp.float32)

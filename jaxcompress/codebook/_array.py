@@ -23,6 +23,7 @@ from jaxcompress.leaf import (
     Leaf,
     OrderError,
     Ran,
+    Traits,
     component,
     dense_dot_general,
     leaf_type,
@@ -70,20 +71,14 @@ class CodebookArray(CodedLeaf):
     dtype_name: str = static()
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """Whether an entry is held at zero."""
-        return self.zero_entry
-
-    @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """Whether each weight has one code of its own."""
+    def traits(self) -> Traits:
+        """Zero where an entry is held there; a kernel where the device has one."""
         _, books, _, d = self.codebooks.shape[-4:]
-        return books == d == 1
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """Whether the device multiplies by so large a weight without a dense copy."""
-        return self.words is not None and _matmul.has_kernel(self)
+        return Traits(
+            preserves_zeros=self.zero_entry,
+            elementwise=books == d == 1,
+            own_matmul=self.words is not None and _matmul.has_kernel(self),
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -249,7 +244,7 @@ class CodebookArray(CodedLeaf):
             leaf_is_lhs=leaf_is_lhs,
             **params,
         )
-        if not self.has_own_matmul:
+        if not self.traits.own_matmul:
             return dense()
         site = _matmul.site_of(self, x, dimension_numbers, leaf_is_lhs)
         if site is None:
@@ -278,7 +273,7 @@ def entries_after(f: Callable[[jax.Array], jax.Array | Leaf], books: Any) -> Any
         raise OrderError(
             f"it cannot act on values that weights share, of shape {shape}: {error}"
         ) from error
-    if not same or (isinstance(found, Leaf) and found.has_own_matmul):
+    if not same or (isinstance(found, Leaf) and found.traits.own_matmul):
         raise OrderError(
             f"it acts on weights or activations, not on {math.prod(shape)} values that "
             "weights share; chain it before the codebook."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.leaf import Ran
+from jaxcompress.leaf import Ran, result_dtype
 from jaxcompress.quant._kernels import as_matrices, kernel_result, kernel_rows
 from jaxcompress.quant._matmul import Site
 from kernels_pallas.codebook_matmul import CodebookWeight, choose, codebook_matmul
@@ -55,8 +55,7 @@ def codebook_dot(
     weight, out = operand(leaf, tuple(s for _, s in site.batch))
     rows = kernel_rows(x, site)
     matrices = as_matrices(rows, site)
-    dtype = params.get("preferred_element_type")
-    dtype = jnp.result_type(x, leaf.dtype) if dtype is None else dtype
+    dtype = result_dtype(x, leaf, params)
     y = codebook_matmul(matrices.astype(dtype), weight, bits=leaf.bits)
     m, k = matrices.shape[-2:]
     shape = weight.codebooks.shape[-4:]

@@ -24,12 +24,14 @@ from jaxcompress.leaf import (
     OrderError,
     Ran,
     Reshape,
+    Traits,
     Transpose,
     component,
     dense_dot_general,
     dequantize,
     leaf_type,
     map_value,
+    result_dtype,
     static,
 )
 from jaxcompress.quant._kernels import kernel_result, kernel_rows
@@ -71,7 +73,10 @@ class HashedArray(Leaf):
     sizes: tuple[int, ...] = static()
     dtype_name: str = static()
 
-    has_own_matmul = True
+    @property
+    def traits(self) -> Traits:
+        """A matmul of its own."""
+        return Traits(own_matmul=True)
 
     @property
     def _stack(self) -> tuple[int, ...]:
@@ -207,8 +212,7 @@ class HashedArray(Leaf):
             )
         x = self.prepare_activations(x, site.contract)
         rows, out = kernel_rows(x, site), self.sizes[:-1]
-        dtype = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if dtype is None else dtype
+        dtype = result_dtype(x, self, params)
         n, table = math.prod(out), self._table()
         origin = (0 if self.first is None else self.first, 0)
         y = hashed_matmul(rows, table, self.hashing, n=n, origin=origin).astype(dtype)

@@ -19,7 +19,7 @@ def pointwise_dot(eqn: Any, leaf: Leaf, x: jax.Array) -> Ran | None:
       leaf: ``[1, ..., 1, in, out]``.
       x: ``[batch, ..., in]``.
     """
-    if not leaf.has_own_matmul or not _is_pointwise(eqn, leaf):
+    if not leaf.traits.own_matmul or not _is_pointwise(eqn, leaf):
         return None
     matrix = leaf.relayout(Reshape(shape=leaf.shape[-2:]))
     if matrix is NotImplemented:

@@ -18,6 +18,7 @@ from jaxcompress.leaf import (
     Leaf,
     OrderError,
     Ran,
+    Traits,
     dense_dot_general,
     map_value,
     relayout,
@@ -31,7 +32,10 @@ class CompositeLeaf(Leaf):
     through the parts' own rules and forms no dense weight.
     """
 
-    has_own_matmul = True
+    @property
+    def traits(self) -> Traits:
+        """A matmul of its own."""
+        return Traits(own_matmul=True)
 
     @abc.abstractmethod
     def parts(self) -> tuple[Any, ...]:

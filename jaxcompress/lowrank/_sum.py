@@ -19,6 +19,7 @@ from jaxcompress.leaf import (
     dequantize,
     leaf_type,
     relayout,
+    result_dtype,
 )
 from jaxcompress.lowrank._factors import CompositeLeaf, factor_specs, narrowed, wide
 
@@ -112,8 +113,7 @@ class SumArray(CompositeLeaf):
             run(part, params | {"preferred_element_type": jnp.float32})
             for part in self.parts()
         ]
-        wanted = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if wanted is None else wanted
+        dtype = result_dtype(x, self, params)
         how = " + ".join(ran.how for ran in rans)
         return Ran(narrowed(rans[0].out + rans[1].out, dtype), how)
 

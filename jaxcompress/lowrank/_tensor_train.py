@@ -20,6 +20,7 @@ from jaxcompress.leaf import (
     dense_dot_general,
     leaf_type,
     relayout,
+    result_dtype,
     static,
 )
 from jaxcompress.lowrank._decompose import truncated_svd
@@ -133,8 +134,7 @@ class TensorTrainArray(CompositeLeaf):
             )
         rows = jnp.moveaxis(x, contracts[j][0], -1)
         precision = params.get("precision")
-        wanted = params.get("preferred_element_type")
-        dtype = jnp.result_type(x, self.dtype) if wanted is None else wanted
+        dtype = result_dtype(x, self, params)
         y = narrowed(_through(turned, rows, precision), dtype)
         return Ran(
             jnp.moveaxis(y, -1, 0) if leaf_is_lhs else y, f"{self.method}: chain"

@@ -20,6 +20,7 @@ from jaxcompress.leaf import (
     component,
     leaf_type,
     relayout,
+    result_dtype,
     static,
 )
 from jaxcompress.precision._delayed_matmul import (
@@ -110,8 +111,7 @@ class DelayedScalingArray(Rerouted):
             n = len(lb)
             middle, end = n + n_left, n + n_left + n_right
             y = jnp.transpose(y, (*range(n), *range(middle, end), *range(n, middle)))
-        dtype: Any = params.get("preferred_element_type")
-        dtype = dtype or jnp.result_type(x, self.dtype)
+        dtype = result_dtype(x, self, params)
         return Ran(y.astype(dtype), f"delayed {self.method}")
 
     def component_specs(

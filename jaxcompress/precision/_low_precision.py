@@ -19,12 +19,14 @@ from jaxcompress.leaf import (
     LayoutOp,
     Leaf,
     Ran,
+    Traits,
     component,
     leaf_type,
     map_value,
     materialize,
     relayout,
     static,
+    traits,
 )
 from jaxcompress.lift import lift
 from jaxcompress.precision._matmul import (
@@ -44,13 +46,10 @@ class Rerouted(Leaf):
     forward: Element
     backward: Element | None
 
-    elementwise = True
-    has_own_matmul = True
-
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the weight does."""
-        return not isinstance(self.w, Leaf) or self.w.preserves_zeros
+    def traits(self) -> Traits:
+        """Those of the weight, with a matmul of its own."""
+        return traits(self.w)._replace(elementwise=True, own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

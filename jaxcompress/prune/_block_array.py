@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxcompress import coded
 from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import FROZEN, Leaf, Ran, component, leaf_type, static
+from jaxcompress.leaf import FROZEN, Leaf, Ran, Traits, component, leaf_type, static
 from jaxcompress.prune import _bitmask
 from jaxcompress.prune._kernels import block_dot, block_site
 from jaxcompress.prune._masked import MaskedArray
@@ -129,9 +129,11 @@ class BlockSparseArray(SparseLeaf):
         return self if self.frame is not None else self.replace(kernel=True)
 
     @property
-    def has_own_matmul(self) -> bool:
-        """Where the kernel was asked for, or as the values have."""
-        return self.kernel or super().has_own_matmul
+    def traits(self) -> Traits:
+        """The kernel, where it was asked for, is a matmul of its own."""
+        return super().traits._replace(
+            own_matmul=self.kernel or super().traits.own_matmul
+        )
 
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.leaf import Ran, is_leaf
+from jaxcompress.leaf import Ran, is_leaf, result_dtype
 from jaxcompress.quant._kernels import as_matrices, kernel_result, kernel_rows
 from jaxcompress.quant._matmul import Site
 from kernels_pallas.block_sparse_matmul import (
@@ -69,8 +69,7 @@ def block_dot(
     matrices = as_matrices(rows, site)
     target = current_target()
     choice = choose(weight, matrices, layout=PORTABLE, target=target)
-    dtype = params.get("preferred_element_type")
-    dtype = jnp.result_type(x, leaf.dtype) if dtype is None else dtype
+    dtype = result_dtype(x, leaf, params)
     y = block_sparse_matmul(matrices, weight, n=leaf.outputs, dtype=dtype)
     return Ran(kernel_result(y, rows, leaf.out_sizes, site), choice.how)
 

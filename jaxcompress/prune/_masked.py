@@ -17,11 +17,13 @@ from jaxcompress.leaf import (
     Leaf,
     OrderError,
     Ran,
+    Traits,
     component,
     leaf_type,
     map_value,
     relayout,
     relayout_mask,
+    traits,
 )
 from jaxcompress.straight_through import straight_through
 
@@ -41,8 +43,15 @@ class MaskedArray(Leaf):
     mask: jax.Array = component(role=FROZEN)
     backward: jax.Array | None = component(role=FROZEN, default=None)
 
-    preserves_zeros = True
-    elementwise = True
+    @property
+    def traits(self) -> Traits:
+        """A mask's; the values' own matmul, if zeros pass through it unchanged."""
+        inner = traits(self.inner)
+        return Traits(
+            preserves_zeros=True,
+            elementwise=True,
+            own_matmul=inner.own_matmul and inner.preserves_zeros,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,20 +109,12 @@ class MaskedArray(Leaf):
         values = self.inner.stacked(ndim)
         return values if values is NotImplemented else self.replace(inner=values)
 
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """Whether the values have a rule that zeros pass through unchanged."""
-        inner = self.inner
-        return (
-            isinstance(inner, Leaf) and inner.has_own_matmul and inner.preserves_zeros
-        )
-
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
         """The rule of the values if they have one, since masked values are zeros."""
         rule = super().dot_general
-        if self.has_own_matmul:
+        if self.traits.own_matmul:
             allowed = self.mask if self.backward is None else self.backward
             rule = _gated(self.inner, allowed).dot_general
         return rule(x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params)
@@ -148,7 +149,7 @@ def masked(
         return value.replace(
             mask=value.mask & mask, backward=_both(value, mask, backward)
         )
-    if isinstance(value, Leaf) and not value.elementwise:
+    if not traits(value).elementwise:
         raise OrderError(
             f"{value.method} does not keep each weight where it is, so it would undo "
             "the mask; put it before the mask in the chain."

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxcompress.coded import CodedLeaf
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import Cast, LayoutOp, Leaf, OrderError, Ran
+from jaxcompress.leaf import Cast, LayoutOp, Leaf, OrderError, Ran, Traits
 from jaxcompress.prune._masked import MaskedArray
 
 
@@ -28,8 +28,14 @@ class SparseLeaf(Leaf):
     layout: Layout
     dtype_name: str
 
-    preserves_zeros = True
-    elementwise = True
+    @property
+    def traits(self) -> Traits:
+        """A mask's; the matmul is the values' own."""
+        return Traits(
+            preserves_zeros=True,
+            elementwise=True,
+            own_matmul=self.frame is not None and self.frame.traits.own_matmul,
+        )
 
     @abc.abstractmethod
     def expand(self) -> MaskedArray:
@@ -76,7 +82,7 @@ class SparseLeaf(Leaf):
             value = value.expand()
             mask = expanded.mask & value.mask
             return self.intersection(MaskedArray(inner=value.inner, mask=mask))
-        if isinstance(value, Leaf) and not value.elementwise:
+        if isinstance(value, Leaf) and not value.traits.elementwise:
             raise OrderError(
                 f"{value.method} does not keep each weight where it is, so it would "
                 "undo the mask; put it before the mask in the chain."
@@ -93,11 +99,6 @@ class SparseLeaf(Leaf):
     def stacked(self, ndim: int) -> Leaf:
         """Itself if it was stored as a stack; else expanded."""
         return self if self.stack >= ndim else self.expand().stacked(ndim)
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """As the values do."""
-        return self.frame is not None and self.frame.has_own_matmul
 
     def dot_general(
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any

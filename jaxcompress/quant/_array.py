@@ -21,17 +21,19 @@ from jaxcompress.leaf import (
     Leaf,
     Place,
     Ran,
+    Traits,
     component,
     dense_dot_general,
     leaf_type,
     relayout_array,
+    result_dtype,
     static,
 )
 from jaxcompress.quant import _matmul, _weight_only
 from jaxcompress.quant._activations import Activations, fake_quantize_activations
 from jaxcompress.quant._elements import E4M3, Binary, Element, Table
 from jaxcompress.quant._granularity import Flat, split_blocks, spread
-from jaxcompress.quant._kernels import portable_operand, result_dtype
+from jaxcompress.quant._kernels import portable_operand
 from jaxcompress.quant._rounding import power_of_two
 from kernels_pallas import packing
 
@@ -77,18 +79,17 @@ class QuantizedArray(CodedLeaf):
     activations: Activations | None = static(default=None)
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """Whether zero is on the grid."""
+    def traits(self) -> Traits:
+        """Zero where it is on the grid; a kernel, or activations quantized too."""
         if isinstance(self.element, Table):
-            return 0.0 in self.element.values
-        return not isinstance(self.element, Binary)
-
-    elementwise = True
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """Whether activations are quantized too, or a kernel dequantizes."""
-        return self.activations is not None or _weight_only.has_kernel(self)
+            zero = 0.0 in self.element.values
+        else:
+            zero = not isinstance(self.element, Binary)
+        return Traits(
+            preserves_zeros=zero,
+            elementwise=True,
+            own_matmul=self.activations is not None or _weight_only.has_kernel(self),
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,7 +235,7 @@ class QuantizedArray(CodedLeaf):
             leaf_is_lhs=leaf_is_lhs,
             **params,
         )
-        if not self.has_own_matmul:
+        if not self.traits.own_matmul:
             return dense(x)
         site = _matmul.Site.of(self, x, dimension_numbers, leaf_is_lhs)
         if self.activations is None:
@@ -258,7 +259,7 @@ class QuantizedArray(CodedLeaf):
         """By the kernel, which reads the weights of experts that have rows."""
         if (
             self.activations is not None
-            or not self.has_own_matmul
+            or not self.traits.own_matmul
             or not jnp.issubdtype(x.dtype, jnp.floating)
             or not _weight_only.by_experts(self, numbers)
         ):

@@ -79,12 +79,6 @@ def portable_operand(leaf: QuantizedArray, batch: tuple[int, ...]) -> Operand:
     )
 
 
-def result_dtype(x: jax.Array, leaf: Any, params: dict[str, Any]) -> Any:
-    """The dtype that a matmul's parameters ask for, or that of both operands."""
-    stated = params.get("preferred_element_type")
-    return jnp.result_type(x, leaf.dtype) if stated is None else stated
-
-
 def kernel_rows(x: jax.Array, site: Site) -> jax.Array:
     """Activations ``[*batch, *free, K]``, the contracted axes in storage order."""
     axes = (*(a for a, _ in site.batch), *site.free, *site.contract)

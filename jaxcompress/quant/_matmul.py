@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import Ran, dense_dot_general
+from jaxcompress.leaf import Ran, dense_dot_general, result_dtype
 from jaxcompress.quant._activations import activation_scale, encode_activations
 from jaxcompress.quant._elements import Integer, Ternary
 from jaxcompress.quant._kernels import (
@@ -16,7 +16,6 @@ from jaxcompress.quant._kernels import (
     kernel_result,
     kernel_rows,
     portable_operand,
-    result_dtype,
 )
 from kernels_pallas import formats
 from kernels_pallas.scaled_matmul import int8_matmul

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import FROZEN, WEIGHT, Leaf, component, leaf_type, static
+from jaxcompress.leaf import FROZEN, WEIGHT, Leaf, Traits, component, leaf_type, static
 from jaxcompress.lift import Statistics
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import Base, Frame, round_weight
@@ -40,9 +40,9 @@ class SplitArray(WrappedArray):
     layout: Layout = static()
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the inner leaf does."""
-        return self.inner.preserves_zeros
+    def traits(self) -> Traits:
+        """Dense channels have no element in the inner leaf, so masks do not survive."""
+        return self.inner.traits._replace(elementwise=False, own_matmul=True)
 
     @property
     def method(self) -> str:

@@ -17,12 +17,14 @@ from jaxcompress.leaf import (
     LayoutOp,
     Leaf,
     Ran,
+    Traits,
     component,
     dense_dot_general,
     leaf_type,
     map_value,
     materialize,
     static,
+    traits,
 )
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.straight_through import StraightThrough, straight_through
@@ -57,9 +59,9 @@ class RangedArray(Leaf):
     gradient: str = static()
 
     @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """As the weight is."""
-        return not isinstance(self.inner, Leaf) or self.inner.elementwise
+    def traits(self) -> Traits:
+        """Those of the weight, but for its matmul."""
+        return traits(self.inner)._replace(own_matmul=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,13 +121,10 @@ class TrainedActivations(Leaf):
     offset: jax.Array | None = component(role=STEP, default=None)
     gradient: str = static()
 
-    has_own_matmul = True
-    elementwise = True
-
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the weight does."""
-        return self.inner.preserves_zeros
+    def traits(self) -> Traits:
+        """Those of the weight, with a matmul of its own."""
+        return self.inner.traits._replace(elementwise=True, own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

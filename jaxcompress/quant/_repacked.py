@@ -16,9 +16,11 @@ from jaxcompress.leaf import (
     LayoutOp,
     Leaf,
     Ran,
+    Traits,
     component,
     dense_dot_general,
     leaf_type,
+    result_dtype,
     static,
 )
 from jaxcompress.quant._array import QuantizedArray
@@ -26,7 +28,6 @@ from jaxcompress.quant._kernels import (
     Operand,
     kernel_format,
     portable_operand,
-    result_dtype,
 )
 from jaxcompress.quant._matmul import Site
 from jaxcompress.quant._scales import stored_scale
@@ -144,13 +145,10 @@ class RepackedArray(Leaf):
     blocks: tuple[int, ...] = static()
     k: int = static()
 
-    elementwise = True
-    has_own_matmul = True
-
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the portable leaf."""
-        return self.frame.preserves_zeros
+    def traits(self) -> Traits:
+        """Those of the portable leaf, with a matmul of its own."""
+        return self.frame.traits._replace(elementwise=True, own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

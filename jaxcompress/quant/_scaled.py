@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import FROZEN, WEIGHT, Leaf, component, leaf_type, static
+from jaxcompress.leaf import FROZEN, WEIGHT, Leaf, Traits, component, leaf_type, static
 from jaxcompress.quant._matmul import Site
 from jaxcompress.quant._wrapped import WrappedArray, shared_spec
 
@@ -30,14 +30,9 @@ class ScaledArray(WrappedArray):
     layout: Layout = static()
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the inner leaf does."""
-        return self.inner.preserves_zeros
-
-    @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """As the inner leaf is."""
-        return self.inner.elementwise
+    def traits(self) -> Traits:
+        """Those of the inner leaf, with a matmul of its own."""
+        return self.inner.traits._replace(own_matmul=True)
 
     @property
     def method(self) -> str:

@@ -16,6 +16,7 @@ from jaxcompress.leaf import (
     LayoutOp,
     Leaf,
     Ran,
+    Traits,
     component,
     leaf_type,
     relayout_array,
@@ -53,19 +54,9 @@ class SwitchedArray(Leaf):
         return self.compressed.method
 
     @property
-    def preserves_zeros(self) -> bool:  # type: ignore[override]
-        """As the compressed weight does."""
-        return self.compressed.preserves_zeros
-
-    @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """As the compressed weight is."""
-        return self.compressed.elementwise
-
-    @property
-    def has_own_matmul(self) -> bool:  # type: ignore[override]
-        """As the compressed weight has."""
-        return self.compressed.has_own_matmul
+    def traits(self) -> Traits:
+        """Those of the compressed weight."""
+        return self.compressed.traits
 
     @property
     def _is_on(self) -> jax.Array:
@@ -97,7 +88,7 @@ class SwitchedArray(Leaf):
         self, x: jax.Array, dimension_numbers: Any, *, leaf_is_lhs: bool, **params: Any
     ) -> Ran:
         """The compressed weight's rule where it is on, if it has one."""
-        if not self.has_own_matmul:
+        if not self.traits.own_matmul:
             return super().dot_general(
                 x, dimension_numbers, leaf_is_lhs=leaf_is_lhs, **params
             )

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxcompress.layout import Layout
-from jaxcompress.leaf import Cast, LayoutOp, Leaf, Ran, dense_dot_general
+from jaxcompress.leaf import Cast, LayoutOp, Leaf, Ran, Traits, dense_dot_general
 from jaxcompress.quant._matmul import Site
 
 
@@ -38,7 +38,10 @@ class WrappedArray(Leaf):
     inner: Leaf
     layout: Layout
 
-    has_own_matmul = True
+    @property
+    def traits(self) -> Traits:
+        """A matmul of its own."""
+        return Traits(own_matmul=True)
 
     # -- what each defines
 

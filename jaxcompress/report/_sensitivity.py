@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.layout import Axes
-from jaxcompress.leaf import Leaf, materialize, nbytes
+from jaxcompress.leaf import materialize, nbytes, traits
 from jaxcompress.lift import lift, trace_axes
 from jaxcompress.lift._explain import table
 from jaxcompress.lift._tracked import is_array
@@ -182,7 +182,7 @@ _dense = jax.jit(materialize)
 
 def _cheapest(leaf: Any) -> Any:
     """Dense values, with which all weights run one program, unless it matters."""
-    own = isinstance(leaf, Leaf) and leaf.has_own_matmul
+    own = traits(leaf).own_matmul
     return leaf if own else _dense(leaf)
 
 

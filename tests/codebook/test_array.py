@@ -151,7 +151,7 @@ def test_gradients_are_sums_by_code() -> None:
 def test_an_entry_that_is_held_at_zero_stays_there() -> None:
     leaf = make((8, 4), Axes(contract=(-2,))).replace(zero_entry=True)
     loss = lambda b: (leaf.replace(codebooks=b).materialize() ** 2).sum()
-    assert leaf.preserves_zeros
+    assert leaf.traits.preserves_zeros
     assert not leaf.entries()[0, 0, 0].any()
     assert not jax.grad(loss)(leaf.codebooks)[0, 0, 0].any()
     assert jax.grad(loss)(leaf.codebooks)[0, 0, 1:].any()
@@ -161,7 +161,7 @@ def test_a_large_weight_runs_by_the_kernel() -> None:
     leaf = make((2048, 1024), Axes(contract=(-2,)), d=2, entries=4, bits=2).pack()
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2048)), jnp.float32)
     sites = jc.explain(lambda p, x: x @ p, leaf, x)
-    assert leaf.has_own_matmul
+    assert leaf.traits.own_matmul
     assert "gathered" in str(sites)
     y = jax.jit(jc.lift(lambda p, x: x @ p))(leaf, x)
     np.testing.assert_allclose(y, x @ leaf.materialize(), rtol=1e-3, atol=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,3 +65,29 @@ def test_a_lenet_is_pruned_to_its_densities(share: float) -> None:
         w = np.asarray(packed["params"][layer]["kernel"].materialize())
         assert abs((w != 0).mean() - density) <= 0.5 / w.size + 1e-9
     assert 0.0 <= training.errors(net, packed, images) <= 100.0
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_lenet_learns_from_labels_or_from_its_teacher(share: float) -> None:
+    """Whichever has the whole loss decides; the other changes nothing."""
+    x = RNG.integers(0, 256, (128, 28, 28, 1)).astype(np.uint8)
+    y = RNG.integers(0, 10, 128).astype(np.int32)
+    net = training.NETS["lenet300"]
+    start, other = (
+        jax.jit(net.model.init)(jax.random.key(k), jnp.zeros((1, 28, 28, 1)))
+        for k in range(2)
+    )
+
+    def trained(labels: np.ndarray, teacher: Any) -> np.ndarray:
+        images = data.Images(x, labels)
+        options: dict[str, Any] = {"epochs": 2, "rate": 1e-2, "decay": 0.0}
+        params, _ = training.train(
+            net, start, images, 0, teacher=teacher, share=share, **options
+        )
+        return np.asarray(params["params"]["ip3"]["kernel"])
+
+    with jax.numpy_dtype_promotion("standard"):
+        base = trained(y, start)
+        other_labels, other_teacher = trained((y + 1) % 10, start), trained(y, other)
+    assert (other_labels == base).all() == (share == 1.0)
+    assert (other_teacher == base).all() == (share == 0.0)

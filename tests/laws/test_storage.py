@@ -61,7 +61,7 @@ def test_zeros_stay_zero(case: Case) -> None:
         assert (zeros == 0).all() == kept
     leaves = jax.tree.leaves(packed(case), is_leaf=jc.is_leaf)
     leaves = [x for x in leaves if isinstance(x, jc.Leaf)]
-    assert all(x.preserves_zeros == case.keeps_zeros for x in leaves)
+    assert all(x.traits.preserves_zeros == case.keeps_zeros for x in leaves)
     blank = jax.tree.map(jnp.zeros_like, weights())
     transform = scheme(case.rule())
     for a in jax.tree.leaves(

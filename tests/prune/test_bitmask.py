@@ -271,8 +271,8 @@ def test_the_matmul_of_the_values_is_kept() -> None:
     w, mask = example(*MATRIX)
     dynamic = jc.quant.int8(activations=jc.quant.dynamic(Integer(bits=8)))
     leaf = coded(w, mask, dynamic)
-    assert leaf.has_own_matmul
-    assert not coded(w, mask, jc.quant.int8(), jax.eval_shape).has_own_matmul
+    assert leaf.traits.own_matmul
+    assert not coded(w, mask, jc.quant.int8(), jax.eval_shape).traits.own_matmul
     x = example(4, 7)[0]
     product = jc.lift(lambda w, x: x @ w)
     both = lambda q, x: (product(q, x), product(q.expand(), x))

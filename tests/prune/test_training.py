@@ -109,7 +109,7 @@ def test_a_quantized_weight_under_a_mask_has_no_gradient_outside(
     own = jc.quant.weights(fmt)
     _, state = own.init({"w": jnp.asarray(W)})
     view = lambda leaf: own.view({"w": leaf}, state)["w"]
-    assert view(plain).has_own_matmul == (fmt is DYNAMIC)
+    assert view(plain).traits.own_matmul == (fmt is DYNAMIC)
 
     def by_params(w: jax.Array) -> jax.Array:
         return product(view(plain.replace(inner=w)), jnp.asarray(X)).sum()

@@ -143,9 +143,9 @@ def test_a_leaf_prepares_activations_as_its_format_says() -> None:
     x = jnp.asarray(tokens())
     plain = quantize(W, q.int8())
     assert plain.prepare_activations(x) is x
-    assert not plain.has_own_matmul
+    assert not plain.traits.own_matmul
     leaf = quantize(W, q.int8(activations=q.dynamic(INT8)))
-    assert leaf.has_own_matmul
+    assert leaf.traits.own_matmul
     along = {(-1,): -1, (1,): 1}
     for axes, expected in along.items():
         np.testing.assert_allclose(

@@ -178,7 +178,7 @@ def test_a_leaf_knows_whether_zero_is_on_its_grid(
     w = draw(8, 6)
     w[::2] = 0
     leaf = quantize(w, fmt)
-    assert leaf.preserves_zeros == kept
+    assert leaf.traits.preserves_zeros == kept
     assert (not np.asarray(materialize(leaf))[::2].any()) == kept
 
 

@@ -28,9 +28,8 @@ def test_a_delayed_rule_is_dense_before_and_stored_from_its_step_on(
     scheme = q.delayed(fmt.replace(axes=-2), begin=1)
     w, x = draw(2, 6, 6), draw(3, 6, seed=1)
     params, state = scheme.init({"w": w})
-    fn = lambda p, x: jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, p["w"])[
-        0
-    ]
+    layer = lambda x, w: (jax.nn.relu(x @ w), None)
+    fn = lambda p, x: jax.lax.scan(layer, x, p["w"])[0]
     run = jc.lift(fn)
 
     @jax.jit

@@ -80,7 +80,7 @@ def test_axes_and_batches(name: str) -> None:
     apply = lambda w, x: jnp.einsum(product, w, x)
     both = lambda leaf, x: (jc.lift(apply)(leaf, x), apply(leaf.materialize(), x))
     found, dense = run(both, leaf, normal(3, *x))
-    assert leaf.has_own_matmul
+    assert leaf.traits.own_matmul
     np.testing.assert_allclose(found, dense, atol=3e-4)
 
 
@@ -180,7 +180,7 @@ def test_experts_contracted_along_another_axis_are_dequantized() -> None:
     for axes in (jc.Axes(contract=(-1,), stack=1), jc.Axes(contract=(-3,))):
         leaf = quantize(w, q.int8(), axes=axes)
         (site,) = jc.explain(fn, leaf, x, sizes)
-        assert leaf.has_own_matmul
+        assert leaf.traits.own_matmul
         assert site.how == "dequantized"
         both = lambda leaf, x: (jc.lift(fn)(leaf, x, sizes), leaf.materialize())
         found, dense = run(both, leaf, x)
