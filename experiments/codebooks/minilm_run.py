@@ -43,15 +43,16 @@ from experiments.post_training.tuning import tune
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(0)
-TWO_BITS = jc.quant.table(FOUR_LEVELS, name="lloyd2", group_size=32).replace(
-    search=SEARCH, scale="bfloat16"
-)
-FOUR_BITS = jc.quant.int4(symmetric=False, group_size=64).replace(
-    search=SEARCH, scale="bfloat16"
-)
-THREE_BITS = jc.quant.int3(symmetric=False, group_size=64).replace(
-    search=SEARCH, scale="bfloat16"
-)
+
+
+def searched(fmt: jc.quant.NumberFormat) -> jc.quant.NumberFormat:
+    """Ranges searched, scales in two bytes."""
+    return fmt.replace(search=SEARCH, scale="bfloat16")
+
+
+TWO_BITS = searched(jc.quant.table(FOUR_LEVELS, name="lloyd2", group_size=32))
+THREE_BITS = searched(jc.quant.int3(symmetric=False, group_size=64))
+FOUR_BITS = searched(jc.quant.int4(symmetric=False, group_size=64))
 SUMS = jc.codebook.Codes(dims=8, bits=8, books=2, scale=True, dtype="bfloat16")
 OTHERS = jc.where(EMBEDDINGS, exclude=TABLE)
 WHOLE = {

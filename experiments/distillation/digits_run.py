@@ -25,7 +25,6 @@ import numpy as np
 
 import jaxcompress as jc
 from experiments.digits import run as digits
-from experiments.distillation.training import add_means
 from experiments.post_training.report import Report
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,7 +110,7 @@ def main() -> None:
         for seed, percent in zip(SEEDS, np.asarray(found), strict=True):
             if (which, row := f"{method}, seed {seed}") not in report:
                 report.add(which, row, "", round(float(percent), 2))
-        add_means(report, which, [method])
+        report.add_means(which)
 
     add("dense", "labels", jax.vmap(lambda net: accuracy(net, scored))(nets))
     for which, scheme in SCHEMES.items():

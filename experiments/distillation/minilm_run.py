@@ -24,7 +24,7 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, Seen, add_means, train
+from experiments.distillation.training import SEEDS, Seen, train
 from experiments.models import minilm, sentences
 from experiments.post_training.report import Report
 
@@ -211,7 +211,7 @@ def main() -> None:
                 teacher,
             )
             report.add(f"{layers} layers", row, "", score(params, layers))
-        add_means(report, f"{layers} layers", options.methods)
+        report.add_means(f"{layers} layers")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, Seen, add_means, train
+from experiments.distillation import losses
+from experiments.distillation.training import SEEDS, Seen, train
 from experiments.post_training.report import Report
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT, BATCH, LEARNING_RATE, LEFT_OUT = 5000, 250, 1e-3, 3
 TEACHER, STUDENT = 1200, 800
-TEMPERATURE = 20.0
 HIDDEN = "Net/hidden_2"
 
 
@@ -56,7 +56,7 @@ class Regime(NamedTuple):
     shift: int = 0
 
 
-OF_THE_TEACHER = Regime(epochs=30, input_dropout=0.2, dropout=0.5, shift=2)
+OF_THE_TEACHER = Regime(epochs=30, input_dropout=0.1, dropout=0.35, shift=2)
 PLAIN = Regime(epochs=8)
 REGULARIZED = Regime(epochs=12, dropout=0.2, shift=2)
 
@@ -114,64 +114,24 @@ def batches(epochs: Sequence[Epoch], seed: int) -> Iterator[Epoch]:
             yield jax.tree.map(lambda a, at=chosen: a[at], epoch)
 
 
-def labels_only(seen: Seen) -> jax.Array:
-    """Cross entropy."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(seen.student, seen.labels)
-    return losses.mean()
-
-
-def soft(seen: Seen, temperature: float = TEMPERATURE) -> jax.Array:
-    """Softened outputs, and the labels a little."""
-    return jc.distill.mix(
-        seen.student, seen.teacher, seen.labels, temperature=temperature, alpha=0.9
-    ).mean()
-
-
-def logit_mse(seen: Seen) -> jax.Array:
-    """The teacher's logits, and the labels."""
-    found = jc.distill.logit_mse(seen.student, seen.teacher).mean()
-    return labels_only(seen) + found
-
-
-def decoupled(seen: Seen) -> jax.Array:
-    """The target class and the others apart, and the labels."""
-    found = jc.distill.decoupled(
-        seen.student, seen.teacher, seen.labels, temperature=4.0, alpha=1.0, beta=2.0
-    )
-    return labels_only(seen) + found.mean()
-
-
-def hints(seen: Seen) -> jax.Array:
-    """The teacher's second hidden layer from the student's, and the labels."""
-    guess = PROJECTOR.apply(seen.projectors, seen.student_taps[HIDDEN])
-    found = jc.distill.hint(guess, seen.teacher_taps[HIDDEN], normalize=True)
-    return labels_only(seen) + found.mean()
-
-
-def correlations(seen: Seen) -> jax.Array:
-    """DIST: correlations within an image and within a class, and the labels."""
-    found = jc.distill.dist(seen.student, seen.teacher, temperature=4.0)
-    return labels_only(seen) + 2.0 * found.mean()
-
-
 def similarity(seen: Seen) -> jax.Array:
     """Which images are alike in the second hidden layer, and the labels."""
     found = jc.distill.similarity_preserving(
         seen.student_taps[HIDDEN], seen.teacher_taps[HIDDEN]
     )
-    return labels_only(seen) + BATCH * found.mean()
+    return losses.labels_only(seen) + BATCH * found.mean()
 
 
 PROJECTOR = jc.distill.linear_projector(STUDENT, TEACHER)
 Method = Callable[[Seen], jax.Array]
 METHODS: dict[str, Method] = {
-    "plain": labels_only,
-    "soft targets": soft,
-    "soft targets, T = 4": functools.partial(soft, temperature=4.0),
-    "logit MSE": logit_mse,
-    "decoupled": decoupled,
-    "DIST": correlations,
-    "hints": hints,
+    "plain": losses.labels_only,
+    "soft targets": functools.partial(losses.soft, temperature=20.0),
+    "soft targets, T = 4": functools.partial(losses.soft, temperature=4.0),
+    "logit MSE": losses.logit_mse,
+    "decoupled": functools.partial(losses.decoupled, temperature=4.0, beta=2.0),
+    "DIST": losses.correlations,
+    "hints": functools.partial(losses.hints, projector=PROJECTOR),
     "similarity": similarity,
 }
 OUTPUTS = ("plain", "soft targets, T = 4", "logit MSE", "decoupled", "DIST")
@@ -318,7 +278,7 @@ def teachers_of(images: data.Images, count: int, path: Path | None) -> list[Any]
     found = jc.io.load(path) if path and path.exists() else []
     epochs, regime = epochs_of(images, OF_THE_TEACHER, [])
     while len(found) < count:
-        found.append(fit(Net(TEACHER, regime), epochs, len(found), labels_only))
+        found.append(fit(Net(TEACHER, regime), epochs, len(found), losses.labels_only))
         if path:
             jc.io.save(path, found, overwrite=True)
     return found[:count]
@@ -352,7 +312,7 @@ def run_table(
         logits = predictions(net, fit(net, epochs, seed, METHODS[method]), test)
         more = {} if table.sees is None else after_bias(logits, test, share)
         report.add(which, row, "", wrong(logits, test.y), **more)
-    add_means(report, which, [f"{method}{label}" for method in methods])
+    report.add_means(which)
 
 
 def main() -> None:

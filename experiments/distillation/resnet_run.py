@@ -10,12 +10,14 @@ says of the images is computed once.
         [--settings student pruned "2 bits"] [--methods plain "soft targets"]
 
 Scores are percent of the 1,000 test images (`--validate`: of the last 1,000 of the
-10,000 training images, which then train nothing).
+10,000 training images, which then train nothing). `--rate` tries another learning rate,
+which then stands in the names of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,8 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, Seen, add_means, train
+from experiments.distillation import losses
+from experiments.distillation.training import SEEDS, Seen, train
 from experiments.models import resnet
 from experiments.post_training.report import Report
 from experiments.resnets.post_training import augmented
@@ -35,50 +38,24 @@ RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 1000
 TEACHER, STUDENT = 56, 20
 BATCH, MOMENTUM, DECAY = 100, 0.9, 5e-4
-TEMPERATURE = 4.0
+SOFT = functools.partial(losses.soft, temperature=4.0)
 LAST_MAPS = {56: "ResNet/layer3_8", 20: "ResNet/layer3_2"}
 WEIGHTS = jc.where("layer*/**/kernel")
 Method = Callable[[Seen], jax.Array]
-
-
-def labels_only(seen: Seen) -> jax.Array:
-    """Cross entropy."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(seen.student, seen.labels)
-    return losses.mean()
-
-
-def soft(seen: Seen) -> jax.Array:
-    """Softened outputs, and the labels a little."""
-    return jc.distill.mix(
-        seen.student, seen.teacher, seen.labels, temperature=TEMPERATURE, alpha=0.9
-    ).mean()
-
-
-def correlations(seen: Seen) -> jax.Array:
-    """DIST: correlations within an image and within a class, and the labels."""
-    found = jc.distill.dist(seen.student, seen.teacher, temperature=TEMPERATURE)
-    return labels_only(seen) + 2.0 * found.mean()
-
-
-def hints(seen: Seen) -> jax.Array:
-    """The teacher's last maps, which have as many channels, and the labels."""
-    (student,), (teacher,) = seen.student_taps.values(), seen.teacher_taps.values()
-    found = jc.distill.hint(student, teacher, normalize=True)
-    return labels_only(seen) + found.mean()
 
 
 def attention(seen: Seen) -> jax.Array:
     """Where the last maps are active, softened outputs, and the labels."""
     (student,), (teacher,) = seen.student_taps.values(), seen.teacher_taps.values()
     found = jc.distill.attention_transfer(student, teacher)
-    return soft(seen) + 100.0 * found.mean()
+    return SOFT(seen) + 100.0 * found.mean()
 
 
 METHODS: dict[str, Method] = {
-    "plain": labels_only,
-    "soft targets": soft,
-    "DIST": correlations,
-    "hints": hints,
+    "plain": losses.labels_only,
+    "soft targets": SOFT,
+    "DIST": losses.correlations,
+    "hints": losses.hints,
     "attention": attention,
 }
 
@@ -111,6 +88,15 @@ def pruning(steps: int) -> jc.Transform:
     return jc.prune.magnitude(sparsity=rise, scope="global", every=10)
 
 
+compressed = functools.partial(
+    Setting,
+    methods=("plain", "soft targets"),
+    pretrained=True,
+    images=1000,
+    epochs=6,
+    noise=False,
+    rate=0.01,
+)
 SETTINGS = {
     "student": Setting(
         scheme=lambda steps: jc.identity(),
@@ -121,24 +107,8 @@ SETTINGS = {
         noise=True,
         rate=0.02,
     ),
-    "pruned": Setting(
-        scheme=pruning,
-        methods=("plain", "soft targets"),
-        pretrained=True,
-        images=1000,
-        epochs=6,
-        noise=False,
-        rate=0.01,
-    ),
-    "2 bits": Setting(
-        scheme=lambda steps: jc.quant.lsq(jc.quant.int2()),
-        methods=("plain", "soft targets"),
-        pretrained=True,
-        images=1000,
-        epochs=6,
-        noise=False,
-        rate=0.01,
-    ),
+    "pruned": compressed(scheme=pruning),
+    "2 bits": compressed(scheme=lambda steps: jc.quant.lsq(jc.quant.int2())),
 }
 
 
@@ -250,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--rate", type=float)
     options = parser.parse_args()
     name = "resnet_validation" if options.validate else "resnet"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
@@ -260,19 +231,23 @@ def main() -> None:
     apply = jc.lift(resnet.ResNet(STUDENT).apply)
     for which in options.settings:
         setting = SETTINGS[which]
+        label = ""
+        if options.rate is not None:
+            setting = setting._replace(rate=options.rate)
+            label = f", rate {options.rate:g}"
         methods = [m for m in setting.methods if m in options.methods]
         epochs = passes(setting, images, options.data_dir)
         start = blocks_of_the_teacher(options.data_dir)
         if setting.pretrained:
             _, start = resnet.load(STUDENT, root=options.data_dir)
         for seed, method in ((s, m) for s in options.seeds for m in methods):
-            if (which, row := f"{method}, seed {seed}") in report:
+            if (which, row := f"{method}{label}, seed {seed}") in report:
                 continue
             found = fit(start, setting, epochs, seed, METHODS[method])
             logits = resnet.logits(apply, found, test.x)
             score = 100 * float((logits.argmax(-1) == test.y).mean())
             report.add(which, row, "", round(score, 2))
-        add_means(report, which, methods)
+        report.add_means(which)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Scores are mean NLL on stories 1200-1599 (`--validate`: 1160-1199).
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, Seen, add_means, train
+from experiments.distillation import losses
+from experiments.distillation.training import SEEDS, Seen, train
 from experiments.models import stories, text
 from experiments.post_training.report import Report
 
@@ -35,50 +37,23 @@ STUDENT = stories.Stories(sizes=stories.HALF)
 Method = Callable[[Seen], jax.Array]
 
 
-def next_token(seen: Seen) -> jax.Array:
-    """Cross entropy with the next token."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(seen.student, seen.labels)
-    return losses.mean()
-
-
 def with_labels(divergence: Callable[..., jax.Array]) -> Method:
     """Mostly a divergence from the teacher's distributions, and the next token."""
 
     def loss(seen: Seen) -> jax.Array:
         soft = divergence(seen.student, seen.teacher, temperature=1.0).mean()
-        return SOFT * soft + (1 - SOFT) * next_token(seen)
+        return SOFT * soft + (1 - SOFT) * losses.labels_only(seen)
 
     return loss
 
 
-def logit_mse(seen: Seen) -> jax.Array:
-    """The teacher's logits, and the next token."""
-    found = jc.distill.logit_mse(seen.student, seen.teacher).mean()
-    return found + next_token(seen)
-
-
-def decoupled(seen: Seen) -> jax.Array:
-    """The next token and the others apart, and the next token."""
-    found = jc.distill.decoupled(
-        seen.student, seen.teacher, seen.labels, temperature=1.0, alpha=1.0, beta=1.0
-    )
-    return found.mean() + next_token(seen)
-
-
-def hints(seen: Seen) -> jax.Array:
-    """The teacher's last hidden states from the student's, and the next token."""
-    guess = PROJECTOR.apply(seen.projectors, seen.student_taps[LAST])
-    found = jc.distill.hint(guess, seen.teacher_taps[LAST], normalize=True)
-    return next_token(seen) + found.mean()
-
-
 METHODS: dict[str, Method] = {
-    "plain": next_token,
+    "plain": losses.labels_only,
     "soft targets": with_labels(jc.distill.soft_targets),
-    "logit MSE": logit_mse,
-    "decoupled": decoupled,
+    "logit MSE": losses.logit_mse,
+    "decoupled": functools.partial(losses.decoupled, temperature=1.0, beta=1.0),
     "Jensen-Shannon": with_labels(jc.distill.jensen_shannon),
-    "hints": hints,
+    "hints": functools.partial(losses.hints, projector=PROJECTOR),
 }
 
 
@@ -158,7 +133,7 @@ def main() -> None:
             if ("student", row := f"{method}, seed {seed}") not in report:
                 params = student(METHODS[method], rows, said, seed)
                 report.add("student", row, "", nll(STUDENT, params))
-    add_means(report, "student", options.methods)
+    report.add_means("student")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What the distillation experiments share: a training loop, and means over seeds."""
+"""What the distillation experiments share: a training loop."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.post_training.report import Report
 
 SEEDS = (0, 1, 2)
 
@@ -79,17 +77,3 @@ def train(
             recent = float(np.mean([float(v) for v in losses[-50:]]))
             print(f"  step {i + 1} of {steps}: loss {recent:.4f}", flush=True)
     return scheme.compress(params, jc.optim.state(opt)), aux
-
-
-def add_means(report: Report, model: str, methods: Iterable[str]) -> None:
-    """A row with mean and standard deviation for every method whose seeds are there."""
-    for method in methods:
-        scores = [
-            row["score"]
-            for row in report.rows
-            if row["model"] == model and row["method"].startswith(f"{method}, seed")
-        ]
-        if len(scores) > 1 and (model, f"{method}, mean") not in report:
-            spread = round(statistics.stdev(scores), 4)
-            mean = statistics.mean(scores)
-            report.add(model, f"{method}, mean", "", mean, spread=spread)

@@ -31,7 +31,7 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, add_means, train
+from experiments.distillation.training import SEEDS, train
 from experiments.post_training.report import Report
 
 RESULTS = Path(__file__).parent / "results"
@@ -300,7 +300,7 @@ def run_all(
             note = f"published {PUBLISHED.get(size, {}).get(method, math.nan)}"
             kept = {f"{budget(*size)} weights wanted": weights_of(packed)}
             report.add(model, row, note, percent_wrong(packed, test), **kept)
-        add_means(report, model, [kind])
+        report.add_means(model)
 
 
 def weights_of(layers: Any) -> int:

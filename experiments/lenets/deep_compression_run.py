@@ -26,7 +26,6 @@ import numpy as np
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import add_means
 from experiments.lenets.training import (
     NETS,
     RESULTS,
@@ -234,8 +233,7 @@ def main() -> None:
                 report.add(which, f"dense, seed {seed}", "", score)
             for recipe in todo:
                 compress(report, which, recipe, seed, params, images, test)
-        methods = [m for r in options.recipes for m in (f"{r}, pruned", r)]
-        add_means(report, which, ["dense", *methods])
+        report.add_means(which)
         for recipe in options.recipes:
             mean_size(report, which, recipe)
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.distillation.training import add_means
 from experiments.lenets.training import (
     NETS,
     RESULTS,
@@ -77,7 +76,7 @@ def main() -> None:
                 errors(net, packed, test),
                 times_fewer=round(float(total / left), 2),
             )
-        add_means(report, which, ["dense", kind])
+        report.add_means(which)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,28 @@ class Report:
         extra = "  ".join(f"{k} {v}" for k, v in more.items())
         print(f"{model:<12}{method:<34}{score:>9.4f}  {extra} {note}", flush=True)
         self.save()
+
+    def add_means(self, model: str) -> None:
+        """A row with mean and standard deviation for every method of several seeds.
+
+        Its rows are those of the model named ``"method, seed N"``. A mean that is of
+        other seeds by now is replaced.
+        """
+        seeds: dict[str, list[float]] = {}
+        for row in self.rows:
+            method, found, _ = row["method"].partition(", seed ")
+            if found and row["model"] == model:
+                seeds.setdefault(method, []).append(row["score"])
+        for method, scores in seeds.items():
+            if len(scores) < 2:
+                continue
+            name = f"{method}, mean"
+            mean, spread = statistics.mean(scores), round(statistics.stdev(scores), 4)
+            known = [r for r in self.rows if (r["model"], r["method"]) == (model, name)]
+            if any((r["score"], r["spread"]) == (mean, spread) for r in known):
+                continue
+            self.rows = [row for row in self.rows if row not in known]
+            self.add(model, name, "", mean, spread=spread)
 
     def save(self) -> None:
         """Write everything so far."""
