@@ -109,7 +109,12 @@ PRESETS = tuple(
 q = jc.quant
 FACTORS: Any = {"keeps_zeros": False, "structure": True, "tolerance": 1e-5}
 ENTRIES: Any = {"keeps_zeros": False, "structure": True}
-CLUSTERS: Any = {"bits": 3, "init": "kmeans++", "key": jax.random.key(10)}
+CLUSTERS: Any = {
+    "bits": 3,
+    "init": "kmeans++",
+    "iterations": 8,
+    "key": jax.random.key(10),
+}
 # A second fit finds other sums; tests/codebook bounds its squared error.
 SUMS: Any = {**ENTRIES, "shares": True, "tolerance": 0.4}
 VECTORS: Any = {"dims": 4, "bits": 6, "iterations": 4, "key": jax.random.key(9)}
@@ -174,7 +179,9 @@ CASES = (
     Case(jc.prune.straight_through, {"sparsity": 0.6}),
     Case(jc.prune.sr_ste),
     Case(iterative),
-    Case(jc.codebook.kmeans, {"bits": 5}, keeps_zeros=False, shares=True),
+    Case(
+        jc.codebook.kmeans, {"bits": 5, "iterations": 8}, keeps_zeros=False, shares=True
+    ),
     Case(jc.codebook.kmeans, CLUSTERS | {"zero": True}, shares=True),
     Case(jc.codebook.ema, {"bits": 4, "key": jax.random.key(12)}, keeps_zeros=False),
     Case(jc.codebook.product, VECTORS, **ENTRIES, shares=True),
