@@ -1,17 +1,18 @@
 """Hinton's experiment: a 1200-1200 net teaches an 800-800 net MNIST.
 
 The teacher is trained with dropout and images shifted by up to two pixels. Students see
-the images as they are; those that are `regularized` see them shifted, with dropout, and
-are taught by three such teachers. One never sees a three, and then has its bias of
-three raised until threes are as frequent as they should be.
+the images as they are; others are trained with dropout as well and taught by three such
+teachers, and those that are `regularized` also see the images shifted. One never sees a
+three, and then has its bias of three raised until threes are as frequent as they should
+be.
 
     python -m experiments.distillation.mnist_run [--validate] [--resume] [--seeds 0 1 2]
-        [--tables student regularized "no threes"] [--methods plain]
+        [--tables student dropout regularized "no threes"] [--methods plain]
 
 Scores are errors on the 10,000 test images. `--validate` trains on 55,000 images and
 scores the other 5,000 of the training set; settings are chosen so, those of the teacher
-by `--tables teacher`, by `--epochs`, `--dropout` and `--input-dropout`, which stand in
-the names of the rows.
+by `--tables teacher`, by `--epochs`, `--dropout`, `--input-dropout` and `--teachers`,
+which stand in the names of the rows.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Regime(NamedTuple):
 
 OF_THE_TEACHER = Regime(epochs=30, input_dropout=0.1, dropout=0.35, shift=2)
 PLAIN = Regime(epochs=8)
-REGULARIZED = Regime(epochs=12, dropout=0.2, shift=2)
+DROPPED = Regime(epochs=12, dropout=0.2)
+REGULARIZED = DROPPED._replace(shift=2)
 
 
 class Net(nn.Module):
@@ -240,6 +242,7 @@ class Table(NamedTuple):
 TABLES = {
     "teacher": Table(("plain",), OF_THE_TEACHER, teachers=0, width=TEACHER),
     "student": Table(tuple(METHODS), PLAIN),
+    "dropout": Table(OUTPUTS, DROPPED, teachers=3),
     "regularized": Table(OUTPUTS, REGULARIZED, teachers=3),
     "no threes": Table(
         ("soft targets",), PLAIN, sees=lambda labels: labels != LEFT_OUT
@@ -270,6 +273,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--input-dropout", type=float)
+    parser.add_argument("--teachers", type=int, help="how many teach")
     return parser.parse_args()
 
 
@@ -292,10 +296,11 @@ def run_table(
     options: argparse.Namespace,
 ) -> None:
     """Every method and seed of a table; a row for its teachers."""
-    table = TABLES[which]
-    given = {name: getattr(options, name) for name in Regime._fields[:3]}
+    given = {name: getattr(options, name) for name in (*Regime._fields[:3], "teachers")}
     tried = {name: value for name, value in given.items() if value is not None}
     label = "".join(f", {name} {value:g}" for name, value in tried.items())
+    table = TABLES[which]
+    table = table._replace(teachers=tried.pop("teachers", table.teachers))
     teachers = teachers_of(images, table.teachers, options.teacher)
     if teachers and ("teacher", row := f"mean of {len(teachers)}") not in report:
         report.add("teacher", row, "", wrong(taught(teachers, *test).logits, test.y))
