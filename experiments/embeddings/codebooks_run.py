@@ -5,7 +5,7 @@ the setting chosen for each number of bits. Rows count by how often their token 
 in STS-B's training sentences ("frequent"), or all alike. Bits are of the leaf's real
 buffers, codebooks included.
 
-    python -m experiments.embeddings.codebooks_run [--resume]
+    python -m experiments.embeddings.codebooks_run [--resume] [--bits 2 1]
 """
 
 from __future__ import annotations
@@ -83,9 +83,11 @@ def compressed(params: Any, method: jc.Transform) -> tuple[Any, float, float]:
 
 
 def main() -> None:
+    """Every number of bits and method; the best of each, on the test part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, help="the data folder")
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
+    parser.add_argument("--bits", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
     model, params = minilm.load(scan=True)
     report = Report("codebooks", __doc__, folder=HERE, resume=options.resume)
@@ -94,8 +96,8 @@ def main() -> None:
     importance = jnp.asarray(frequencies(options.data_dir))
     if ("float", "") not in report:
         report.add("float", "", "", dev(params), test=test(params))
-    for bits, dims in SIZES.items():
-        found = methods(dims, importance)
+    for bits in options.bits:
+        found = methods(SIZES[bits], importance)
         for name, method in found.items():
             if (bits, name) not in report:
                 packed, stored, error = compressed(params, method)
