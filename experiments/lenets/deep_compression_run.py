@@ -3,8 +3,8 @@
 Every net is trained dense and pruned as in `pruning_run`, to the paper's densities;
 the weights that are left are clustered, layer by layer, in as many values as the paper
 has, and those are trained on. Sizes are of files on disk, with all a decoder needs:
-codebooks, biases, positions, structure, checksums. `beyond` has fewer weights and
-values, and the dense net as the teacher throughout.
+codebooks, biases, positions, structure, checksums. The dense net is the teacher
+throughout. `beyond` has fewer weights and values than the paper.
 
     python -m experiments.lenets.deep_compression_run [--validate] [--resume]
         [--models lenet300] [--seeds 0 1 2] [--recipes paper beyond]
@@ -57,14 +57,12 @@ class Recipe(NamedTuple):
       fewer: What the densities of the paper are divided by; the last layer's is not.
       epochs: With trained centroids.
       rate: Their learning rate.
-      share: Of the loss that the dense net has, in pruning and after.
     """
 
     bits: dict[str, int]
     fewer: float
     epochs: int
     rate: float = 1e-4
-    share: float = 0.0
 
 
 RECIPES = {
@@ -73,10 +71,8 @@ RECIPES = {
         "lenet5": Recipe({"conv1": 8, "conv2": 8, "ip1": 5, "ip2": 5}, 1.0, 4),
     },
     "beyond": {
-        "lenet300": Recipe({"ip1": 5, "ip2": 5, "ip3": 5}, 1.7, 15, share=0.7),
-        "lenet5": Recipe(
-            {"conv1": 5, "conv2": 5, "ip1": 4, "ip2": 4}, 1.7, 5, share=0.7
-        ),
+        "lenet300": Recipe({"ip1": 5, "ip2": 5, "ip3": 5}, 1.7, 15),
+        "lenet5": Recipe({"conv1": 5, "conv2": 5, "ip1": 4, "ip2": 4}, 1.7, 5),
     },
 }
 
@@ -128,7 +124,7 @@ def clustered(
         decay=0.0,
         scheme=scheme,
         teacher=teacher,
-        share=recipe.share,
+        share=net.share,
     )
     packed = scheme.compress(params, state)
     short = lambda a: a.astype(jnp.float16) if a.dtype == jnp.float32 else a
@@ -171,8 +167,6 @@ def compress(
     """One recipe on one net: rows for the pruned and the clustered net."""
     recipe = RECIPES[name][which]
     net = NETS[which]
-    if recipe.share:
-        net = net._replace(share=recipe.share)
     left = pruned(net, params, images, seed + 100, kept=kept(net, recipe))
     report.add(which, f"{name}, pruned, seed {seed}", "", errors(net, left, test))
     dense_again = jc.materialize(left)

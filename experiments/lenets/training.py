@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     learning_rate: float = 1.5e-3
     decay: float = 1e-2
     pruned_decay: float = 0.3
-    share: float = 0.0
+    share: float = 0.7
 
 
 NETS = {
