@@ -148,7 +148,7 @@ class RepackedArray(Leaf):
     @property
     def traits(self) -> Traits:
         """Those of the portable leaf, with a matmul of its own."""
-        return self.frame.traits._replace(elementwise=True, own_matmul=True)
+        return self.frame.traits._replace(own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

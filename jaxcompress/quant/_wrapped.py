@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,15 +65,15 @@ class WrappedArray(Leaf):
         """Small arrays that are the same along the output axes."""
         return ()
 
+    @abc.abstractmethod
     def _weight(self, inner: jax.Array) -> jax.Array:
         """The weight of the inner one, both ``float32[*stack, *out, K]``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _side_specs(
         self, out: list[Any], major: Any, sizes: dict[Any, int]
     ) -> dict[str, Any]:
         """Specs of the small arrays, given those of the storage axes."""
-        raise NotImplementedError
 
     # -- what follows
 
