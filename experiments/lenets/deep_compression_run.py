@@ -15,7 +15,6 @@ throughout. `beyond` has fewer weights and values than the paper.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,19 +186,6 @@ def compress(
     )
 
 
-def mean_size(report: Report, which: str, recipe: str) -> None:
-    """A row with the mean size over the seeds."""
-    rows = [
-        r
-        for r in report.rows
-        if r["model"] == which and r["method"].startswith(f"{recipe}, seed")
-    ]
-    if len(rows) > 1 and (which, row := f"{recipe}, mean size") not in report:
-        size = round(statistics.mean(r["file_bytes"] for r in rows))
-        times = statistics.mean(r["times_smaller"] for r in rows)
-        report.add(which, row, "", size, times_smaller=round(times, 1))
-
-
 def main() -> None:
     """Both nets, three seeds, both recipes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -227,9 +213,7 @@ def main() -> None:
                 report.add(which, f"dense, seed {seed}", "", score)
             for recipe in todo:
                 compress(report, which, recipe, seed, params, images, test)
-        report.add_means(which)
-        for recipe in options.recipes:
-            mean_size(report, which, recipe)
+        report.add_means(which, ("file_bytes", "times_smaller"))
 
 
 if __name__ == "__main__":

@@ -59,27 +59,33 @@ class Report:
         print(f"{model:<12}{method:<34}{score:>9.4f}  {extra} {note}", flush=True)
         self.save()
 
-    def add_means(self, model: str) -> None:
+    def add_means(self, model: str, columns: tuple[str, ...] = ()) -> None:
         """A row with mean and standard deviation for every method of several seeds.
 
         Its rows are those of the model named ``"method, seed N"``. A mean that is of
         other seeds by now is replaced.
+
+        Args:
+          model: Of the rows.
+          columns: Others to give the mean of, where rows have them.
         """
-        seeds: dict[str, list[float]] = {}
+        seeds: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             method, found, _ = row["method"].partition(", seed ")
             if found and row["model"] == model:
-                seeds.setdefault(method, []).append(row["score"])
-        for method, scores in seeds.items():
-            if len(scores) < 2:
+                seeds.setdefault(method, []).append(row)
+        for method, rows in seeds.items():
+            if len(rows) < 2:
                 continue
-            name = f"{method}, mean"
+            name, scores = f"{method}, mean", [row["score"] for row in rows]
             mean, spread = statistics.mean(scores), round(statistics.stdev(scores), 4)
             known = [r for r in self.rows if (r["model"], r["method"]) == (model, name)]
             if any((r["score"], r["spread"]) == (mean, spread) for r in known):
                 continue
             self.rows = [row for row in self.rows if row not in known]
-            self.add(model, name, "", mean, spread=spread)
+            there = [c for c in columns if all(c in row for row in rows)]
+            more = {c: round(statistics.mean(r[c] for r in rows), 1) for c in there}
+            self.add(model, name, "", mean, spread=spread, **more)
 
     def save(self) -> None:
         """Write everything so far."""

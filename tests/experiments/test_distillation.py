@@ -51,6 +51,10 @@ def test_means_follow_their_seeds(tmp_path: Path) -> None:
         report.add("a", f"plain, seed {seed}", "", score)
         report.add_means("a")
         report.add_means("a")
+    for seed, size in ((0, 10), (1, 11)):
+        report.add("a", f"small, seed {seed}", "", 1.0, size=size)
+    report.add_means("a", ("size",))
+    assert report.rows[-1]["size"] == 10.5
     means = [row for row in report.rows if row["method"] == "plain, mean"]
     assert [(row["model"], row["score"], row["spread"]) for row in means] == [
         ("a", 3.0, round(7**0.5, 4))
