@@ -241,6 +241,8 @@ def test_whole_rows_of_blocks_are_sharded() -> None:
 def test_the_kernel_runs_where_it_was_asked_for() -> None:
     leaf = compressed(STACK)[1]
     tree = jc.prune.use_kernels({"w": leaf, "b": jnp.asarray(np.ones(7, np.float32))})
+    assert tree["w"].traits.own_matmul
+    assert not leaf.traits.own_matmul
     x = jnp.asarray(np.random.default_rng(9).normal(size=(3, 5, 10)), jnp.float32)
     layers = lambda p, x: jax.lax.scan(
         lambda c, wx: (c, wx[1] @ wx[0] + p["b"][None]), None, (p["w"], x)

@@ -41,6 +41,7 @@ def test_outliers_are_exact_and_the_rest_is_quantized_without_them() -> None:
     others = np.setdiff1d(np.arange(16), [3, 9])
     np.testing.assert_array_equal(dense[others], plain[others])
     assert (np.asarray(leaf.rows, np.float32)[:, 2:] == 0).all()
+    assert leaf.traits == (True, False, True)  # A mask would not reach dense channels.
 
 
 def test_channels_beyond_the_capacity_are_quantized_the_largest_are_kept() -> None:
