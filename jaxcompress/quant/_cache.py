@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxcompress.layout import Axes
@@ -78,7 +79,7 @@ def kv_cache(
     _check(shape, fmt)
     for name, side in (("mean", mean), ("deviation", deviation)):
         if side is not None:
-            _check_side(name, jnp.asarray(side), shape)
+            _check_side(name, side, shape)
     fmt = fmt.replace(axes=None)
     one = jnp.zeros((1,) * (len(shape) - 1) + shape[-1:], dtype)
     vector = encode(one, fmt, axes=_roles(one.ndim), path="kv_cache").pack()
@@ -128,7 +129,7 @@ def _check(shape: tuple[int, ...], fmt: NumberFormat) -> None:
 
 
 def _check_side(name: str, side: jax.Array, shape: tuple[int, ...]) -> None:
-    sizes = side.shape
+    sizes = np.shape(side)
     fits = len(sizes) == len(shape) and sizes[-1] == shape[-1]
     if not fits or any(n not in (1, m) for n, m in zip(sizes, shape, strict=True)):
         raise ValueError(
@@ -138,13 +139,12 @@ def _check_side(name: str, side: jax.Array, shape: tuple[int, ...]) -> None:
         )
     if isinstance(side, Tracer):
         return
-    low, rule = (
-        (-jnp.inf, "finite") if name == "mean" else (0.0, "finite, not negative")
-    )
-    if not bool((jnp.isfinite(side) & (side >= low)).all()):
+    found = np.asarray(side)
+    low, rule = (-np.inf, "finite") if name == "mean" else (0.0, "finite, not negative")
+    if not (np.isfinite(found) & (found >= low)).all():
         raise ValueError(
-            f"kv_cache: {name} must be {rule}; got {side.min()} to {side.max()}. Look "
-            "at the tokens it was taken over."
+            f"kv_cache: {name} must be {rule}; got {found.min()} to {found.max()}. "
+            "Look at the tokens it was taken over."
         )
 
 

@@ -288,7 +288,9 @@ def test_a_channel_that_never_varied_is_written_as_it_is() -> None:
 @pytest.mark.parametrize("wrong", [-1.0, np.nan])
 def test_deviations_that_are_none_are_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match="deviation must be finite, not negative"):
-        q.kv_cache(SHAPE, q.int8(), deviation=jnp.full((1, 1, 1, DIM), wrong))
+        q.kv_cache(
+            SHAPE, q.int8(), deviation=np.full((1, 1, 1, DIM), wrong, np.float32)
+        )
 
 
 def test_scattering_part_of_a_vector_turns_dense() -> None:
