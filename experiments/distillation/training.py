@@ -21,7 +21,7 @@ class Seen(NamedTuple):
       student: Logits or embeddings of the student.
       teacher: Of the teacher.
       labels: What the data say.
-      student_taps: Values inside the student, by name.
+      student_taps: Values inside the student, by name, where the loss needs them.
       teacher_taps: Values inside the teacher.
       projectors: Params of the method's projectors.
     """
@@ -29,9 +29,9 @@ class Seen(NamedTuple):
     student: Any
     teacher: Any
     labels: Any
-    student_taps: dict[str, jax.Array]
-    teacher_taps: dict[str, jax.Array]
-    projectors: Any
+    student_taps: Any = None
+    teacher_taps: Any = None
+    projectors: Any = None
 
 
 def train(

@@ -3,14 +3,14 @@
 Nets of 3 layers (784-1000-10) and 5 (784-1000-1000-1000-10) whose kernels are hashed,
 each to its share of the budget, beside others with as many weights: dense nets of fewer
 units, products of thin kernels, and kernels of which few entries, chosen at random, are
-trained. All of them from labels alone, and from the outputs of a dense net as well.
-Biases are not compressed.
+trained. All of them from labels alone; hashed nets also from what the teacher of
+`experiments.distillation.mnist_run` says. Biases are not compressed.
 
     python -m experiments.hashing.mnist_run [--validate] [--resume] [--layers 3 5]
-        [--ratios 8 64] [--methods hashed] [--seeds 0 1 2]
+        [--ratios 8 64] [--methods hashed] [--lessons labels teacher] [--seeds 0 1 2]
 
-Scores are percent of errors on the 10,000 test images. `--validate` trains on 50,000
-images and scores the other 10,000 of the training set: settings are chosen so, by
+Scores are percent of errors on the 10,000 test images. `--validate` trains on 55,000
+images and scores the other 5,000 of the training set: settings are chosen so, by
 `--dropout` and the like, which belong to a try and stand in the name of its row.
 """
 
@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,13 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.distillation.training import SEEDS, train
+from experiments.distillation import losses, mnist_run
+from experiments.distillation.mnist_run import HELD_OUT, wrong
+from experiments.distillation.training import SEEDS, Seen, train
 from experiments.post_training.report import Report
 
 RESULTS = Path(__file__).parent / "results"
-HELD_OUT, BATCH, PIXELS, UNITS, CLASSES = 10_000, 250, 784, 1000, 10
-TEMPERATURE, ALPHA = 4.0, 0.7
+BATCH, PIXELS, UNITS, CLASSES = 250, 784, 1000, 10
 PUBLISHED = {
     (3, 8): {"hashed": 1.45, "dense": 1.69, "low rank": 1.89, "random edges": 2.19},
     (3, 64): {"hashed": 2.79, "dense": 6.28, "low rank": 28.99, "random edges": 15.03},
@@ -66,14 +65,21 @@ class Settings:
     decay: float = 1e-4
 
 
-TEACHER = Settings(epochs=30, learning_rate=1e-3, input_dropout=0.2, dropout=0.5)
 SETTINGS = {
-    (3, 8): Settings(input_dropout=0.2, dropout=0.4),
-    (3, 64): Settings(epochs=60, learning_rate=4e-3, input_dropout=0.0, dropout=0.1),
-    (5, 8): Settings(input_dropout=0.2, dropout=0.4),
-    (5, 64): Settings(epochs=40, learning_rate=2e-3, input_dropout=0.1, dropout=0.2),
+    "labels": {
+        (3, 8): Settings(input_dropout=0.2, dropout=0.4),
+        (3, 64): Settings(60, 4e-3, input_dropout=0.0, dropout=0.1),
+        (5, 8): Settings(input_dropout=0.2, dropout=0.4),
+        (5, 64): Settings(input_dropout=0.1, dropout=0.2),
+    },
+    "teacher": {
+        (3, 8): Settings(input_dropout=0.0, dropout=0.0),
+        (3, 64): Settings(60, 4e-3, input_dropout=0.0, dropout=0.0),
+        (5, 8): Settings(input_dropout=0.0, dropout=0.0),
+        (5, 64): Settings(input_dropout=0.0, dropout=0.0),
+    },
 }
-"""By layers and ratio; a net that has as few weights otherwise is given the same."""
+"""By lesson, layers and ratio; a net with as few weights otherwise has the same."""
 
 
 def widths(layers: int, units: int = UNITS) -> list[int]:
@@ -120,8 +126,8 @@ def init(key: jax.Array, sizes: list[list[int]]) -> Layers:
 def forward(
     layers: Layers, x: jax.Array, settings: Settings, key: jax.Array | None = None
 ) -> jax.Array:
-    """Logits of ``uint8[batch, 784]``; with a key, entries are dropped."""
-    x = x.astype(jnp.float32) / 255.0
+    """Logits of ``uint8[batch, 28, 28, 1]``; with a key, entries are dropped."""
+    x = x.reshape(x.shape[0], -1).astype(jnp.float32) / 255.0
     for i, layer in enumerate(layers):
         if key is not None:
             rate = settings.dropout if i else settings.input_dropout
@@ -157,72 +163,50 @@ def compressed(method: str, layers: int, ratio: int, seed: int) -> tuple[Any, An
     raise ValueError(f"compressed: method must be one of {METHODS}; got {method!r}.")
 
 
-def batches(images: data.Images, said: Any, epochs: int, seed: int) -> Iterator[Any]:
-    """Images, labels and what the teacher says; shuffled anew for every epoch."""
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(images.x))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            chosen = order[start : start + BATCH]
-            yield jax.tree.map(lambda a, at=chosen: a[at], (*images, said))
-
-
 def fit(
     layers: Layers,
     scheme: jc.Transform | None,
-    images: data.Images,
+    seen: mnist_run.Epoch,
     settings: Settings,
     seed: int,
-    said: Any = None,
 ) -> Any:
-    """The net as it is stored, after training.
+    """The net as it is stored, after training; from a teacher's logits too, if any.
 
     A step looks every hashed kernel up once: on a CPU faster than the kernel that makes
     it again for the gradients.
     """
     scheme = scheme or jc.identity()
     params, state = scheme.init(layers)
-    steps = settings.epochs * (len(images.x) // BATCH)
+    steps = settings.epochs * (len(seen.x) // BATCH)
     key = jax.random.key(seed)
+    lesson = losses.labels_only if seen.logits is None else losses.logit_mse
 
     def loss(params: Any, aux: Any, batch: Any, i: jax.Array) -> tuple[jax.Array, Any]:
-        x, labels, said = batch
         dense = jc.materialize(scheme.view(params, state))
-        logits = forward(dense, x, settings, jax.random.fold_in(key, i))
-        if said is not None:
-            found = jc.distill.mix(
-                logits, said, labels, temperature=TEMPERATURE, alpha=ALPHA
-            )
-        else:
-            found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return found.mean(), aux
+        logits = forward(dense, batch.x, settings, jax.random.fold_in(key, i))
+        return lesson(Seen(logits, batch.logits, batch.y)), aux
 
     tx = optax.adamw(
         optax.cosine_decay_schedule(settings.learning_rate, steps),
         weight_decay=settings.decay,
         mask=jc.weight_decay_mask(params),
     )
-    shown = batches(images, said, settings.epochs, seed)
+    shown = mnist_run.batches([seen] * settings.epochs, seed)
     params, _ = train(params, loss, shown, tx, steps=steps)
     return scheme.compress(params, state)
 
 
-def logits_of(layers: Any, images: data.Images) -> np.ndarray:
-    """Of all images, by the net as it is stored."""
-    run = jax.jit(jc.lift(lambda p, x: forward(p, x, TEACHER)))
-    parts = np.array_split(images.x, max(1, len(images.x) // 1000))
-    return np.concatenate([run(layers, part) for part in parts])
-
-
 def percent_wrong(layers: Any, images: data.Images) -> float:
-    """Of images that get another class."""
-    return 100.0 * float((logits_of(layers, images).argmax(-1) != images.y).mean())
+    """Of images that get another class, by the net as it is stored."""
+    run = jax.jit(jc.lift(lambda p, x: forward(p, x, Settings())))
+    parts = np.array_split(images.x, max(1, len(images.x) // 1000))
+    logits = np.concatenate([run(layers, part) for part in parts])
+    return 100.0 * wrong(logits, images.y) / len(images.y)
 
 
 def load(options: argparse.Namespace) -> tuple[data.Images, data.Images]:
     """Images to train on, and to score."""
     images, test = (data.mnist(p, options.data_dir) for p in ("train", "test"))
-    images, test = (data.Images(i.x.reshape(-1, PIXELS), i.y) for i in (images, test))
     if options.validate:
         test = data.Images(images.x[-HELD_OUT:], images.y[-HELD_OUT:])
         images = data.Images(images.x[:-HELD_OUT], images.y[:-HELD_OUT])
@@ -241,7 +225,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--labels-only", action="store_true", help="no distillation")
+    parser.add_argument(
+        "--lessons", nargs="+", default=list(SETTINGS), choices=SETTINGS
+    )
+    parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
     parser.add_argument("--images", type=int, help="train on the first so many")
     for field in dataclasses.fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
@@ -250,57 +237,53 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """A dense teacher for each depth; then every method, ratio and seed."""
+    """A teacher; then every depth, ratio, method, lesson and seed."""
     options = arguments()
     images, test = load(options)
     name = "mnist_validation" if options.validate else "mnist"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
-    tried = {k: v for k, v in given.items() if v is not None}
-    label = "".join(f", {k} {v:g}" for k, v in tried.items())
-    for depth in options.layers:
-        said = None
-        if not options.labels_only:
-            first = init(jax.random.key(100), [list(p) for p in pairs(widths(depth))])
-            own = TEACHER
-            if options.epochs:
-                own = dataclasses.replace(own, epochs=options.epochs)
-            teacher = fit(first, None, images, own, 100)
-            if (f"{depth} layers", "teacher") not in report:
-                wrong = percent_wrong(teacher, test)
-                report.add(f"{depth} layers", "teacher", "", wrong)
-            said = logits_of(teacher, images)
-        for ratio in options.ratios:
-            run_all(report, options, (depth, ratio), images, test, said, tried, label)
+    lessons = {"labels": mnist_run.Epoch(*images)}
+    if "teacher" in options.lessons:
+        teachers = mnist_run.teachers_of(images, 1, options.teacher)
+        if ("teacher", "") not in report:
+            found = wrong(mnist_run.taught(teachers, *test).logits, test.y)
+            report.add("teacher", "", "", 100.0 * found / len(test.y))
+        lessons["teacher"] = mnist_run.taught(teachers, *images)._replace(taps=None)
+    for size in itertools.product(options.layers, options.ratios):
+        run_all(report, options, size, lessons, test)
 
 
 def run_all(
     report: Report,
     options: argparse.Namespace,
     size: tuple[int, int],
-    images: data.Images,
+    lessons: dict[str, mnist_run.Epoch],
     test: data.Images,
-    said: Any,
-    tried: dict[str, Any],
-    label: str,
 ) -> None:
-    """Every method and seed of a depth and ratio, with and without the teacher."""
-    model = f"{size[0]} layers, 1/{size[1]}"
-    base = SETTINGS.get(size, Settings())
-    settings = dataclasses.replace(base, **tried)
-    lessons = {"": None} | ({} if said is None else {" distilled": said})
-    for method, (how, lesson) in itertools.product(options.methods, lessons.items()):
-        kind = f"{method}{how}{label}"
-        for seed in options.seeds:
-            row = f"{kind}, seed {seed}"
-            if (model, row) in report:
-                continue
-            first, scheme = compressed(method, *size, seed)
-            packed = fit(first, scheme, images, settings, seed, lesson)
-            note = f"published {PUBLISHED.get(size, {}).get(method, math.nan)}"
-            kept = {f"{budget(*size)} weights wanted": weights_of(packed)}
-            report.add(model, row, note, percent_wrong(packed, test), **kept)
-        report.add_means(model)
+    """Every method, lesson and seed of a depth and ratio."""
+    model = "{} layers, 1/{}".format(*size)
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
+    tried = {k: v for k, v in given.items() if v is not None}
+    label = "".join(f", {k} {v:g}" for k, v in tried.items())
+    kinds = itertools.product(options.methods, options.lessons, options.seeds)
+    for method, lesson, seed in kinds:
+        if lesson == "teacher" and method != "hashed":
+            continue
+        taught = " distilled" if lesson == "teacher" else ""
+        if (model, row := f"{method}{taught}{label}, seed {seed}") in report:
+            continue
+        settings = dataclasses.replace(SETTINGS[lesson][size], **tried)
+        first, scheme = compressed(method, *size, seed)
+        packed = fit(first, scheme, lessons[lesson], settings, seed)
+        report.add(
+            model,
+            row,
+            f"published {PUBLISHED[size][method]}",
+            percent_wrong(packed, test),
+            weights=weights_of(packed),
+            budget=budget(*size),
+        )
+    report.add_means(model)
 
 
 def weights_of(layers: Any) -> int:
