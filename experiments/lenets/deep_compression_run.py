@@ -4,17 +4,21 @@ Every net is trained dense and pruned as in `pruning_run`, to the paper's densit
 the weights that are left are clustered, layer by layer, in as many values as the paper
 has, and those are trained on. Sizes are of files on disk, with all a decoder needs:
 codebooks, biases, positions, structure, checksums. The dense net is the teacher
-throughout. `beyond` has fewer weights and values than the paper.
+throughout. `beyond` has fewer weights and values than the paper; its LeNet-300-100
+learns from the teacher of `experiments.distillation.mnist_run`.
 
     python -m experiments.lenets.deep_compression_run [--validate] [--resume]
         [--models lenet300] [--seeds 0 1 2] [--recipes paper beyond]
 
-`--validate` trains on 55,000 images and scores the other 5,000 of the training set.
+`--validate` trains on 55,000 images and scores the other 5,000 of the training set;
+`--fewer`, `--share` and `--outside` try other settings so, which stand in the names
+of rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ import numpy as np
 
 import jaxcompress as jc
 from experiments import data
+from experiments.distillation import mnist_run
 from experiments.lenets.training import (
     NETS,
     RESULTS,
@@ -33,6 +38,7 @@ from experiments.lenets.training import (
     dense,
     errors,
     load,
+    logits_of,
     pruned,
     rules,
     train,
@@ -56,12 +62,16 @@ class Recipe(NamedTuple):
       fewer: What the densities of the paper are divided by; the last layer's is not.
       epochs: With trained centroids.
       rate: Their learning rate.
+      share: Of the loss: the teacher's.
+      outside: Whether the teacher is a larger net, else the dense one.
     """
 
     bits: dict[str, int]
     fewer: float
     epochs: int
     rate: float = 1e-4
+    share: float = 0.7
+    outside: bool = False
 
 
 RECIPES = {
@@ -70,7 +80,7 @@ RECIPES = {
         "lenet5": Recipe({"conv1": 8, "conv2": 8, "ip1": 5, "ip2": 5}, 1.0, 4),
     },
     "beyond": {
-        "lenet300": Recipe({"ip1": 5, "ip2": 5, "ip3": 5}, 1.7, 15),
+        "lenet300": Recipe({"ip1": 5, "ip2": 5, "ip3": 5}, 1.7, 15, outside=True),
         "lenet5": Recipe({"conv1": 5, "conv2": 5, "ip1": 4, "ip2": 4}, 1.7, 5),
     },
 }
@@ -87,7 +97,7 @@ def clustered(
     net: Settings,
     recipe: Recipe,
     params: Any,
-    teacher: Any,
+    said: np.ndarray,
     images: data.Images,
     seed: int,
 ) -> Any:
@@ -97,7 +107,7 @@ def clustered(
       net: What is trained.
       recipe: How.
       params: Of the pruned net.
-      teacher: Params of the dense net.
+      said: Logits of the teacher.
       images: To train on.
       seed: Of their order.
     """
@@ -122,8 +132,8 @@ def clustered(
         rate=recipe.rate,
         decay=0.0,
         scheme=scheme,
-        teacher=teacher,
-        share=net.share,
+        said=said,
+        share=recipe.share,
     )
     packed = scheme.compress(params, state)
     short = lambda a: a.astype(jnp.float16) if a.dtype == jnp.float32 else a
@@ -157,26 +167,28 @@ def sizes(packed: Any) -> tuple[int, dict[str, dict[str, float]]]:
 def compress(
     report: Report,
     which: str,
-    name: str,
+    recipe: Recipe,
+    kind: str,
     seed: int,
     params: Any,
+    said: np.ndarray,
     images: data.Images,
     test: data.Images,
 ) -> None:
     """One recipe on one net: rows for the pruned and the clustered net."""
-    recipe = RECIPES[name][which]
-    net = NETS[which]
-    left = pruned(net, params, images, seed + 100, kept=kept(net, recipe))
-    report.add(which, f"{name}, pruned, seed {seed}", "", errors(net, left, test))
+    net = NETS[which]._replace(share=recipe.share)
+    density = kept(net, recipe)
+    left = pruned(net, params, images, seed + 100, said=said, kept=density)
+    report.add(which, f"{kind}, pruned, seed {seed}", "", errors(net, left, test))
     dense_again = jc.materialize(left)
-    packed = clustered(net, recipe, dense_again, params, images, seed + 200)
+    packed = clustered(net, recipe, dense_again, said, images, seed + 200)
     size, layers = sizes(packed)
     full = sum(a.nbytes for a in jax.tree.leaves(params))
     for layer, row in layers.items():
         print(f"  {layer}: {row}", flush=True)
     report.add(
         which,
-        f"{name}, seed {seed}",
+        f"{kind}, seed {seed}",
         "published {} dense, {} compressed, {}x, {} bytes".format(*PUBLISHED[which]),
         errors(net, packed, test),
         file_bytes=size,
@@ -186,8 +198,8 @@ def compress(
     )
 
 
-def main() -> None:
-    """Both nets, three seeds, both recipes."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--validate", action="store_true")
@@ -195,24 +207,47 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    options = parser.parse_args()
+    parser.add_argument("--teacher", type=Path, help="a file to keep the larger net in")
+    parser.add_argument("--fewer", type=float)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--outside", action=argparse.BooleanOptionalAction)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Both nets, three seeds, both recipes."""
+    options = arguments()
     name = "deep_compression_validation" if options.validate else "deep_compression"
     report = Report(name, __doc__, folder=RESULTS, resume=options.resume)
     images, test = load(options.validate, options.data_dir)
+    given = {k: getattr(options, k) for k in ("fewer", "share", "outside")}
+    tried = {k: v for k, v in given.items() if v is not None}
+    label = "".join(f", {k} {v:g}" for k, v in tried.items())
+    outside = functools.cache(
+        lambda: (
+            mnist_run.taught(
+                mnist_run.teachers_of(images, 1, options.teacher), *images
+            ).logits
+        )
+    )
     for which in options.models:
         net = NETS[which]
         for seed in options.seeds:
-            todo = [
-                r for r in options.recipes if (which, f"{r}, seed {seed}") not in report
-            ]
+            todo = {
+                kind: RECIPES[recipe][which]._replace(**tried)
+                for recipe in options.recipes
+                if (which, f"{(kind := recipe + label)}, seed {seed}") not in report
+            }
             if not todo:
                 continue
             params = dense(net, images, seed)
             if (which, f"dense, seed {seed}") not in report:
                 score = errors(net, params, test)
                 report.add(which, f"dense, seed {seed}", "", score)
-            for recipe in todo:
-                compress(report, which, recipe, seed, params, images, test)
+            own = logits_of(net, params, images.x)
+            for kind, recipe in todo.items():
+                said = outside() if recipe.outside else own
+                compress(report, which, recipe, kind, seed, params, said, images, test)
         report.add_means(which, ("file_bytes", "times_smaller"))
 
 

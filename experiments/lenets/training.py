@@ -33,7 +33,7 @@ class Settings(NamedTuple):
       decay: Weight decay of dense training.
       pruned_decay: And while the net is pruned: few weights that must fit what many did
         fit it too closely.
-      share: Of the loss that the dense net has while the net is pruned.
+      share: Of the loss that the teacher has while the net is pruned.
     """
 
     model: Any
@@ -66,15 +66,17 @@ NETS = {
 }
 
 
-def batches(images: data.Images, epochs: int, seed: int) -> Iterator[Any]:
-    """Shuffled anew for every epoch; a rest is left out."""
+def batches(
+    images: data.Images, said: np.ndarray | None, epochs: int, seed: int
+) -> Iterator[Any]:
+    """Images, labels and a teacher's logits, shuffled anew for every epoch."""
     rng = np.random.default_rng(seed)
     x, y = images.x.astype(np.float32) / 255, images.y
     for _ in range(epochs):
         order = rng.permutation(len(x))
         for start in range(0, len(x) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]
-            yield jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
+            yield jax.tree.map(lambda a, at=chosen: a[at], (x, y, said))
 
 
 def train(
@@ -87,7 +89,7 @@ def train(
     rate: float,
     decay: float,
     scheme: jc.Transform | None = None,
-    teacher: Any = None,
+    said: np.ndarray | None = None,
     share: float = 0.0,
 ) -> tuple[Any, Any]:
     """AdamW with a cosine schedule, a scheme inside: params and the scheme's state.
@@ -101,7 +103,8 @@ def train(
       rate: Learning rate at the start.
       decay: Weight decay.
       scheme: How the params are compressed meanwhile.
-      teacher: Params of the same net; its probabilities at temperature 4 are learned.
+      said: ``float32[images, 10]`` a teacher's logits: its probabilities at
+        temperature 4 are learned.
       share: Of the loss that the teacher has; the labels have the rest.
     """
     scheme = jc.identity() if scheme is None else scheme
@@ -110,37 +113,31 @@ def train(
     tx = jc.optim.attach(optax.adamw(schedule, weight_decay=decay), scheme)
     apply = jc.lift(net.model.apply)
 
-    def loss(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss(params: Any, opt: Any, x: Any, y: Any, said: Any) -> jax.Array:
         logits = apply(scheme.view(params, jc.optim.state(opt)), x)
-        if not share:
+        if said is None:
             found = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         else:
             found = jc.distill.mix(
-                logits,
-                net.model.apply(teacher, x),
-                y,
-                temperature=TEMPERATURE,
-                alpha=share,
+                logits, said, y, temperature=TEMPERATURE, alpha=share
             )
         return found.mean()
 
     @jax.jit
-    def step(params: Any, opt: Any, x: jax.Array, y: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(loss)(params, opt, x, y)
+    def step(params: Any, opt: Any, *batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, opt, *batch)
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, value
 
     opt, value = tx.init(params), 0.0
-    for i, (x, y) in enumerate(batches(images, epochs, seed), 1):
-        params, opt, value = step(params, opt, x, y)
+    for i, batch in enumerate(batches(images, said, epochs, seed), 1):
+        params, opt, value = step(params, opt, *batch)
         if i % max(1, steps // 5) == 0:
             print(f"  step {i} of {steps}: loss {float(value):.4f}", flush=True)
     return params, jc.optim.state(opt)
 
 
-def dense(
-    net: Settings, images: data.Images, seed: int, epochs: int | None = None
-) -> Any:
+def dense(net: Settings, images: data.Images, seed: int) -> Any:
     """Params of the net before it is compressed."""
     blank = jnp.zeros((1, 28, 28, 1))
     params = jax.jit(net.model.init)(jax.random.key(seed), blank)
@@ -149,22 +146,24 @@ def dense(
         params,
         images,
         seed,
-        epochs=epochs or net.dense_epochs,
+        epochs=net.dense_epochs,
         rate=net.learning_rate,
         decay=net.decay,
     )
     return params
 
 
+def logits_of(net: Settings, params: Any, x: np.ndarray) -> np.ndarray:
+    """Of images ``uint8[n, 28, 28, 1]``, by a dense or a compressed net."""
+    run = jax.jit(jc.lift(net.model.apply))
+    parts = np.array_split(x, max(1, len(x) // 1000))
+    return np.concatenate([run(params, p.astype(np.float32) / 255) for p in parts])
+
+
 def errors(net: Settings, params: Any, images: data.Images) -> float:
     """Percent of images that get another class."""
-    run = jax.jit(jc.lift(net.model.apply))
-    wrong = 0
-    for start in range(0, len(images.x), 1000):
-        part = slice(start, start + 1000)
-        logits = run(params, jnp.asarray(images.x[part].astype(np.float32) / 255))
-        wrong += int((np.asarray(logits).argmax(-1) != images.y[part]).sum())
-    return 100.0 * wrong / len(images.x)
+    wrong = logits_of(net, params, images.x).argmax(-1) != images.y
+    return 100.0 * float(wrong.mean())
 
 
 def scheme_of(net: Settings, steps: int, kept: dict[str, float]) -> jc.Transform:
@@ -191,32 +190,33 @@ def pruned(
     images: data.Images,
     seed: int,
     *,
+    said: np.ndarray | None = None,
     kept: dict[str, float] | None = None,
-    epochs: int | None = None,
 ) -> Any:
     """A dense net's params after pruning, stored.
 
     Args:
       net: What is trained.
-      params: Of the dense net, which is the teacher as well.
+      params: Of the dense net.
       images: To train on.
       seed: Of their order.
+      said: Logits of the teacher, if it is not the dense net.
       kept: Fraction of each layer's weights that stays, if not as published.
-      epochs: Other than the net's.
     """
-    epochs = epochs or net.epochs
-    steps = epochs * (len(images.x) // BATCH)
+    steps = net.epochs * (len(images.x) // BATCH)
+    if said is None and net.share:
+        said = logits_of(net, params, images.x)
     scheme = scheme_of(net, steps, kept or net.kept)
     left, state = train(
         net,
         params,
         images,
         seed,
-        epochs=epochs,
+        epochs=net.epochs,
         rate=net.learning_rate / 2,
         decay=net.pruned_decay,
         scheme=scheme,
-        teacher=params,
+        said=said,
         share=net.share,
     )
     return scheme.compress(left, state)

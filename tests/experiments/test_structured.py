@@ -78,11 +78,13 @@ def test_a_lenet_learns_from_labels_or_from_its_teacher(share: float) -> None:
         for k in range(2)
     )
 
+    said = lambda teacher: training.logits_of(net, teacher, x)
+
     def trained(labels: np.ndarray, teacher: Any) -> np.ndarray:
         images = data.Images(x, labels)
         options: dict[str, Any] = {"epochs": 2, "rate": 1e-2, "decay": 0.0}
         params, _ = training.train(
-            net, start, images, 0, teacher=teacher, share=share, **options
+            net, start, images, 0, said=said(teacher), share=share, **options
         )
         return np.asarray(params["params"]["ip3"]["kernel"])
 
