@@ -56,6 +56,7 @@ class Settings:
       input_dropout: Fraction of pixels left out.
       dropout: Fraction of hidden units left out.
       decay: Of AdamW, on kernels and buckets.
+      temperature: Of the teacher's probabilities; None for its logits themselves.
     """
 
     epochs: int = 40
@@ -63,6 +64,7 @@ class Settings:
     input_dropout: float = 0.1
     dropout: float = 0.25
     decay: float = 1e-4
+    temperature: float | None = None
 
 
 SETTINGS = {
@@ -179,7 +181,13 @@ def fit(
     params, state = scheme.init(layers)
     steps = settings.epochs * (len(seen.x) // BATCH)
     key = jax.random.key(seed)
-    lesson = losses.labels_only if seen.logits is None else losses.logit_mse
+
+    def lesson(found: Seen) -> jax.Array:
+        if found.teacher is None:
+            return losses.labels_only(found)
+        if settings.temperature is None:
+            return losses.logit_mse(found)
+        return losses.soft(found, settings.temperature)
 
     def loss(params: Any, aux: Any, batch: Any, i: jax.Array) -> tuple[jax.Array, Any]:
         dense = jc.materialize(scheme.view(params, state))
