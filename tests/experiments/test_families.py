@@ -1,4 +1,4 @@
-"""HashedNets' budgets and the front of all families, which a wrong count would flatter."""
+"""Budgets of the HashedNets' table, and the front of all families."""
 
 import jax
 import numpy as np
