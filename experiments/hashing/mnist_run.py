@@ -76,9 +76,9 @@ SETTINGS = {
     },
     "teacher": {
         (3, 8): Settings(input_dropout=0.0, dropout=0.0),
-        (3, 64): Settings(60, 4e-3, input_dropout=0.0, dropout=0.0),
+        (3, 64): Settings(60, 4e-3, input_dropout=0.0, dropout=0.0, temperature=4.0),
         (5, 8): Settings(input_dropout=0.0, dropout=0.0),
-        (5, 64): Settings(input_dropout=0.0, dropout=0.0),
+        (5, 64): Settings(input_dropout=0.0, dropout=0.0, temperature=4.0),
     },
 }
 """By lesson, layers and ratio; a net with as few weights otherwise has the same."""
