@@ -2,18 +2,20 @@
 
 Every net is trained dense, then pruned by magnitude on a cubic schedule to the density
 that Deep Compression states for each layer, while it is trained on, from the labels
-and a share from what the dense net says.
+and a share from what a teacher says: the dense net of LeNet-300-100, and of LeNet-5
+another that has seen shifted images.
 
     python -m experiments.lenets.pruning_run [--validate] [--resume] [--models lenet5]
 
 `--validate` trains on 55,000 images and scores the other 5,000 of the training set;
-settings were chosen so, by `--decay`, `--share` and `--epochs`, which stand in the
+settings are chosen so, by `--decay`, `--share`, `--epochs` and `--outside`, which stand in the
 names of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,7 +29,9 @@ from experiments.lenets.training import (
     dense,
     errors,
     load,
+    logits_of,
     pruned,
+    teacher,
 )
 from experiments.post_training.report import Report
 
@@ -40,8 +44,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--models", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--teacher", type=Path, help="a file to keep the teacher in")
+    parser.add_argument("--outside", action=argparse.BooleanOptionalAction)
     parser.add_argument("--decay", type=float, help="while the net is pruned")
-    parser.add_argument("--share", type=float, help="of the loss: the dense net's")
+    parser.add_argument("--share", type=float, help="of the loss: the teacher's")
     parser.add_argument("--epochs", type=int, help="while the net is pruned")
     options = parser.parse_args()
     name = "pruning_validation" if options.validate else "pruning"
@@ -51,9 +57,13 @@ def main() -> None:
         "pruned_decay": options.decay,
         "share": options.share,
         "epochs": options.epochs,
+        "outside": options.outside,
     }
     tried = {k: v for k, v in given.items() if v is not None}
     kind = "pruned" + "".join(f", {k} {v:g}" for k, v in tried.items())
+    outside = functools.cache(
+        lambda: logits_of(*teacher(images, options.teacher), images.x)
+    )
     for which in options.models:
         net = NETS[which]._replace(**tried)
         for seed in options.seeds:
@@ -63,7 +73,8 @@ def main() -> None:
             if (which, f"dense, seed {seed}") not in report:
                 score = errors(net, params, test)
                 report.add(which, f"dense, seed {seed}", "", score)
-            packed = pruned(net, params, images, seed + 100)
+            said = outside() if net.outside else None
+            packed = pruned(net, params, images, seed + 100, said=said)
             blank = jnp.zeros((1, 28, 28, 1))
             found = jc.report.pruning(net.model.apply, params, packed, blank)
             kernels = [r for r in found.rows if r.path.endswith("kernel")]

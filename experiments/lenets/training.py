@@ -13,6 +13,7 @@ import optax
 
 import jaxcompress as jc
 from experiments import data
+from experiments.distillation.mnist_run import jittered
 from experiments.models import lenet
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
       pruned_decay: And while the net is pruned: few weights that must fit what many did
         fit it too closely.
       share: Of the loss that the teacher has while the net is pruned.
+      outside: Whether the teacher is `teacher`, else the dense net itself.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
     decay: float = 1e-2
     pruned_decay: float = 0.3
     share: float = 0.7
+    outside: bool = False
 
 
 NETS = {
@@ -62,6 +65,7 @@ NETS = {
         published=(0.80, 0.77),
         dense_epochs=8,
         epochs=10,
+        outside=True,
     ),
 }
 
@@ -91,6 +95,7 @@ def train(
     scheme: jc.Transform | None = None,
     said: np.ndarray | None = None,
     share: float = 0.0,
+    shift: int = 0,
 ) -> tuple[Any, Any]:
     """AdamW with a cosine schedule, a scheme inside: params and the scheme's state.
 
@@ -106,6 +111,7 @@ def train(
       said: ``float32[images, 10]`` a teacher's logits: its probabilities at
         temperature 4 are learned.
       share: Of the loss that the teacher has; the labels have the rest.
+      shift: Pixels that images are shifted by at most, each way.
     """
     scheme = jc.identity() if scheme is None else scheme
     steps = epochs * (len(images.x) // BATCH)
@@ -113,7 +119,10 @@ def train(
     tx = jc.optim.attach(optax.adamw(schedule, weight_decay=decay), scheme)
     apply = jc.lift(net.model.apply)
 
-    def loss(params: Any, opt: Any, x: Any, y: Any, said: Any) -> jax.Array:
+    key = jax.random.key(seed)
+
+    def loss(params: Any, opt: Any, i: Any, x: Any, y: Any, said: Any) -> jax.Array:
+        x = jittered(x, jax.random.fold_in(key, i), shift) if shift else x
         logits = apply(scheme.view(params, jc.optim.state(opt)), x)
         if said is None:
             found = optax.softmax_cross_entropy_with_integer_labels(logits, y)
@@ -131,7 +140,7 @@ def train(
 
     opt, value = tx.init(params), 0.0
     for i, batch in enumerate(batches(images, said, epochs, seed), 1):
-        params, opt, value = step(params, opt, *batch)
+        params, opt, value = step(params, opt, i, *batch)
         if i % max(1, steps // 5) == 0:
             print(f"  step {i} of {steps}: loss {float(value):.4f}", flush=True)
     return params, jc.optim.state(opt)
@@ -151,6 +160,23 @@ def dense(net: Settings, images: data.Images, seed: int) -> Any:
         decay=net.decay,
     )
     return params
+
+
+def teacher(images: data.Images, path: Path | None = None) -> tuple[Settings, Any]:
+    """A LeNet-5 that sees shifted images, and its params, which a file may keep.
+
+    It makes fewer errors than the nets that are compressed.
+    """
+    net = NETS["lenet5"]
+    if path and path.exists():
+        return net, jc.io.load(path)
+    start = jax.jit(net.model.init)(jax.random.key(100), jnp.zeros((1, 28, 28, 1)))
+    params, _ = train(
+        net, start, images, 100, epochs=15, rate=1.5e-3, decay=1e-2, shift=2
+    )
+    if path:
+        jc.io.save(path, params)
+    return net, params
 
 
 def logits_of(net: Settings, params: Any, x: np.ndarray) -> np.ndarray:
