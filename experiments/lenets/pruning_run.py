@@ -8,8 +8,8 @@ another that has seen shifted images.
     python -m experiments.lenets.pruning_run [--validate] [--resume] [--models lenet5]
 
 `--validate` trains on 55,000 images and scores the other 5,000 of the training set;
-settings are chosen so, by `--decay`, `--share`, `--epochs` and `--outside`, which stand in the
-names of the rows.
+settings are chosen so, by `--decay`, `--share`, `--epochs` and `--outside`, which stand
+in the names of the rows.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def main() -> None:
     }
     tried = {k: v for k, v in given.items() if v is not None}
     kind = "pruned" + "".join(f", {k} {v:g}" for k, v in tried.items())
-    outside = functools.cache(
-        lambda: logits_of(*teacher(images, options.teacher), images.x)
-    )
+
+    @functools.cache
+    def outside() -> np.ndarray:
+        wiser = teacher(images, options.teacher)
+        if ("teacher", "") not in report:
+            report.add("teacher", "", "", errors(*wiser, test))
+        return logits_of(*wiser, images.x)
+
     for which in options.models:
         net = NETS[which]._replace(**tried)
         for seed in options.seeds:
