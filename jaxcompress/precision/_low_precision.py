@@ -49,7 +49,7 @@ class Rerouted(Leaf):
     @property
     def traits(self) -> Traits:
         """Those of the weight, with a matmul of its own."""
-        return traits(self.w)._replace(elementwise=True, own_matmul=True)
+        return traits(self.w)._replace(own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

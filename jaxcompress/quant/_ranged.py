@@ -124,7 +124,7 @@ class TrainedActivations(Leaf):
     @property
     def traits(self) -> Traits:
         """Those of the weight, with a matmul of its own."""
-        return self.inner.traits._replace(elementwise=True, own_matmul=True)
+        return self.inner.traits._replace(own_matmul=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

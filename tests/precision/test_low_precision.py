@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress import precision
 from jaxcompress.precision import LowPrecisionArray, dot_general
+from jaxcompress.prune._masked import masked
 from jaxcompress.quant import E4M3, E5M2, Integer
 from tests.lift.programs import mesh
 
@@ -253,3 +255,15 @@ def test_training_reaches_the_loss_of_float32(name: str) -> None:
     reached = train(objective, prepare(MLP), tx)
     assert dense() < 0.1 * start
     assert reached < dense() + 0.02 * start
+
+
+def test_factors_take_no_mask_behind_another_matmul() -> None:
+    """What wraps a weight keeps its entries apart only where the weight does."""
+    factors = jc.compress({"w": normal(8, 8)}, {"w": jc.lowrank.svd(rank=2)})["w"]
+    mask = jnp.eye(8, dtype=bool)
+    for w, apart in ((normal(8, 8), True), (factors, False)):
+        leaf = LowPrecisionArray(w=w, forward=E4M3, backward=E5M2)
+        assert leaf.traits.elementwise == apart
+        refused = contextlib.nullcontext() if apart else pytest.raises(jc.OrderError)
+        with refused:
+            masked(leaf, mask)
