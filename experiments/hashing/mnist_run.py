@@ -106,6 +106,17 @@ def dense_units(layers: int, ratio: int) -> int:
     return next(u for u in range(1, UNITS + 1) if count(u) >= wanted)
 
 
+def common_rank(layers: int, ratio: int) -> int:
+    """The highest rank that all kernels can have; one that is smaller whole stays so.
+
+    A rank for each kernel by its own size would leave 1 for that of the ten classes.
+    """
+    count = lambda rank: sum(
+        min(rank * (a + b), a * b) for a, b in pairs(widths(layers))
+    )
+    return max(r for r in range(1, UNITS) if count(r) <= budget(layers, ratio))
+
+
 def init(key: jax.Array, sizes: list[list[int]]) -> Layers:
     """Kernels by He et al., those of a product with their share of the variance.
 
@@ -155,8 +166,9 @@ def compressed(method: str, layers: int, ratio: int, seed: int) -> tuple[Any, An
             units = dense_units(layers, ratio)
             return init(key, [list(p) for p in pairs(widths(layers, units))]), None
         case "low rank":
-            thin = [[a, max(1, round(a * b / ratio / (a + b))), b] for a, b in full]
-            return init(key, thin), None
+            rank = common_rank(layers, ratio)
+            thin = lambda a, b: [a, rank, b] if rank * (a + b) < a * b else [a, b]
+            return init(key, [thin(*pair) for pair in full]), None
         case "random edges":
             scheme = jc.prune.random(sparsity=1 - 1 / ratio, key=own)
             # Each unit has so many times fewer inputs.

@@ -14,8 +14,8 @@ def test_every_net_has_the_same_budget(method: str) -> None:
     layers, scheme = mnist_run.compressed(method, 3, 64, 0)
     scheme = scheme or jc.identity()
     packed = jax.jit(lambda p: scheme.compress(*scheme.init(p)))(layers)
-    # Whole units and ranks; the last kernel's cannot be under 1, which is too many.
-    close = {"dense": 0.06, "low rank": 0.09}.get(method, 1e-3)
+    # Whole units, and whole ranks below the budget.
+    close = {"dense": 0.06, "low rank": 0.1}.get(method, 1e-3)
     assert mnist_run.weights_of(packed) == pytest.approx(
         mnist_run.budget(3, 64), rel=close
     )
