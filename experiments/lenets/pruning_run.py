@@ -2,8 +2,7 @@
 
 Every net is trained dense, then pruned by magnitude on a cubic schedule to the density
 that Deep Compression states for each layer, while it is trained on, from the labels
-and a share from what a teacher says: the dense net of LeNet-300-100, and of LeNet-5
-another that has seen shifted images.
+and a share from what a teacher says, a LeNet-5 that has seen shifted images.
 
     python -m experiments.lenets.pruning_run [--validate] [--resume] [--models lenet5]
 

@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     decay: float = 1e-2
     pruned_decay: float = 0.3
     share: float = 0.7
-    outside: bool = False
+    outside: bool = True
 
 
 NETS = {
@@ -65,7 +65,6 @@ NETS = {
         published=(0.80, 0.77),
         dense_epochs=8,
         epochs=10,
-        outside=True,
     ),
 }
 
