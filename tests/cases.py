@@ -34,6 +34,8 @@ class Case:
     """A structure with a mask in it, beside which no adapters train."""
     tolerance: float = 0.0
     """Of the largest weight: between decompositions of what is one but for rounding."""
+    refit: float = 0.0
+    """Squared error, of all squares, that a second fit of the result may have."""
 
     def __str__(self) -> str:
         named = {k: getattr(v, "name", v) for k, v in self.options.items()}
@@ -115,8 +117,8 @@ CLUSTERS: Any = {
     "iterations": 8,
     "key": jax.random.key(10),
 }
-# A second fit finds other sums; tests/codebook bounds its squared error.
-SUMS: Any = {**ENTRIES, "shares": True, "tolerance": 0.4}
+# A second fit finds other sums; the first one's error is 0.035.
+SUMS: Any = {**ENTRIES, "shares": True, "refit": 0.03}
 VECTORS: Any = {"dims": 4, "bits": 6, "iterations": 4, "key": jax.random.key(9)}
 CASES = (
     Case(jc.identity),
@@ -191,7 +193,7 @@ CASES = (
         VECTORS | {"books": 2, "rounds": 1, "width": 1},
         **SUMS,
     ),
-    Case(jc.codebook.lattice, **ENTRIES, sealed=True, tolerance=0.3),
+    Case(jc.codebook.lattice, **ENTRIES, sealed=True, tolerance=1e-6),
     Case(
         jc.codebook.soft_assignment,
         VECTORS | {"sharpness": 5.0, "end": 0},

@@ -1,8 +1,10 @@
-"""MiniLM's word embeddings at low rank and hashed: STS-B test, Spearman x100.
+"""MiniLM's word embeddings after short training: STS-B test, Spearman x100.
 
-What a method makes of the trained table, and the same after its factors or buckets,
-and nothing else, have been trained to give the float model's sentence vectors (cosine
-loss) on the sentences of STS-B train, without labels.
+What a method makes of the trained table, and the same after its factors, buckets or
+codebooks, and nothing else, have been trained to give the float model's sentence
+vectors (cosine loss) on the sentences of STS-B train, without labels. Codes of vectors
+stay as `codebooks_run` finds them, with a codebook for each place and frequent tokens
+counted more.
 
     python -m experiments.embeddings.tuned_run [--resume] [--methods "rank 192"]
         [--steps 400] [--validate]
@@ -17,23 +19,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.embeddings.codebooks_run import TABLE, scorer
+from experiments.embeddings.codebooks_run import (
+    SIZES,
+    TABLE,
+    frequencies,
+    methods,
+    scorer,
+)
 from experiments.models import minilm, sentences
 from experiments.post_training.report import Report
 
 HERE = Path(__file__).parent
 RATE, BATCH, LONGEST = 5e-4, 64, 24
-METHODS = {
-    "rank 192": jc.lowrank.svd(rank=192),
-    "rank 96": jc.lowrank.svd(rank=96),
-    "hashed 2x": jc.hashing.hashed(ratio=2.0, axes=-1),
-    "hashed 4x": jc.hashing.hashed(ratio=4.0, axes=-1),
-}
+CODES = {"product, 2 bits": "2", "product, 1 bit": "1"}
+METHODS = ("rank 192", "rank 96", "hashed 2x", "hashed 4x", *CODES)
+
+
+def method(name: str, root: Path | None) -> jc.Transform:
+    """By one of the names above."""
+    if name in CODES:
+        importance = jnp.asarray(frequencies(root))
+        found = methods(SIZES[CODES[name]], importance)
+        return found["product, a codebook a place, frequent"]
+    kind, size = name.split()
+    if kind == "rank":
+        return jc.lowrank.svd(rank=int(size))
+    return jc.hashing.hashed(ratio=float(size[:-1]), axes=-1)
 
 
 def table(params: Any) -> Any:
@@ -68,27 +85,29 @@ def trained(apply: Any, params: Any, batches: list[Any], steps: int) -> Any:
         vectors = apply(with_table(params, leaf), ids, mask)
         return jc.distill.cosine_embedding(vectors, target).mean()
 
-    @jax.jit
-    def step(leaf: Any, state: Any, *batch: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(loss)(leaf, *batch)
-        updates, state = tx.update(grads, state, leaf)
-        return optax.apply_updates(leaf, updates), state, value
+    free, frozen = jc.partition(table(params))
 
-    leaf = table(params)
-    state, order = tx.init(leaf), np.random.default_rng(0)
+    @jax.jit
+    def step(free: Any, state: Any, *batch: jax.Array) -> Any:
+        own = lambda free: loss(jc.merge(free, frozen), *batch)
+        value, grads = jax.value_and_grad(own)(free)
+        updates, state = tx.update(grads, state, free)
+        return optax.apply_updates(free, updates), state, value
+
+    state, order = tx.init(free), np.random.default_rng(0)
     for i in range(steps):
         batch = batches[order.integers(len(batches))]
-        leaf, state, value = step(leaf, state, *batch)
+        free, state, value = step(free, state, *batch)
         if (i + 1) % 50 == 0:
             print(f"  step {i + 1} of {steps}: loss {float(value):.4f}", flush=True)
-    return with_table(params, leaf)
+    return with_table(params, jc.merge(free, frozen))
 
 
 def main() -> None:
     """Every method, untrained and trained."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, help="the data folder")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--validate", action="store_true", help="score STS-B dev")
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
@@ -114,7 +133,8 @@ def main() -> None:
         add("float", "", params)
     batches: list[Any] = []
     for name in options.methods:
-        start = jc.select({TABLE: METHODS[name]}).init(params)[0]
+        scheme = jc.select({TABLE: method(name, options.data_dir)})
+        start = jax.jit(scheme.init)(params)[0]
         if (name, "untrained") not in report:
             add(name, "untrained", start)
         if (name, row := f"{options.steps} steps") not in report:

@@ -19,8 +19,9 @@ from jaxcompress.prune._gated import (
     deterministic,
     hard_concrete,
 )
+from jaxcompress.prune._masked import check_maskable
 from jaxcompress.prune._training import AxesOption
-from jaxcompress.transform import Site, Transform, check_weights, leaf_key
+from jaxcompress.transform import Site, Transform, leaf_key
 
 Structures = Literal["weight", "output", "input"]
 
@@ -100,7 +101,7 @@ def l0(
         )
 
     def init(params: Any) -> tuple[Any, jax.Array]:
-        check_weights(params, who=by)
+        check_maskable(params, who=by)
         ready = at_gates(lambda leaf, site: leaf, gated, params, by)
         return ready, jnp.zeros((), jnp.int32)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxcompress.leaf import (
+    CODEBOOK,
     FROZEN,
     WEIGHT,
     LayoutOp,
@@ -26,6 +27,8 @@ from jaxcompress.leaf import (
     traits,
 )
 from jaxcompress.straight_through import straight_through
+from jaxcompress.transform import check_weights
+from jaxcompress.tree import flatten
 
 
 @leaf_type
@@ -135,6 +138,30 @@ class MaskedArray(Leaf):
         values = inner.component_specs(spec, sizes) if isinstance(inner, Leaf) else own
         backward = None if self.backward is None else own
         return self.replace(inner=values, mask=own, backward=backward)
+
+
+def check_maskable(params: Any, *, who: str) -> None:
+    """`check_weights`; and refuse weights that share entries of a codebook.
+
+    Raises:
+      OrderError: If the values of a leaf are entries: a mask is of weights.
+      ValueError: As `check_weights` does.
+      TypeError: As `check_weights` does.
+    """
+    check_weights(params, who=who)
+    for path, leaf in flatten(params)[0].items():
+        if _has_entries(leaf):
+            raise OrderError(
+                f"{who} at {path!r}: weights share the entries of {leaf.method}, and a "
+                "mask is of weights; chain it before the codebook."
+            )
+
+
+def _has_entries(value: Any) -> bool:
+    if not isinstance(value, Leaf):
+        return False
+    parts = value.components().values()
+    return any(role == CODEBOOK or _has_entries(part) for part, role in parts)
 
 
 def masked(

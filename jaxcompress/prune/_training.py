@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.layout import Axes, resolve_axes
-from jaxcompress.prune._masked import MaskedArray
+from jaxcompress.prune._masked import MaskedArray, check_maskable
 from jaxcompress.prune._pattern import ByPath, Pattern
 from jaxcompress.transform import (
     Site,
     Transform,
-    check_weights,
     for_values,
     map_values,
 )
@@ -73,7 +72,7 @@ def masked_training(
         return state.masks[site.path][site.number]
 
     def init(params: Any) -> tuple[Any, PruneState]:
-        check_weights(params, who=by)
+        check_maskable(params, who=by)
         state = first(params, for_values(role, params))
 
         def held(w: jax.Array, site: Site) -> jax.Array:

@@ -114,3 +114,15 @@ def assert_near(a: Any, b: Any, tolerance: float) -> None:
     pairs = zip(*(jax.tree.leaves(jc.materialize(t)) for t in (a, b)), strict=True)
     for x, y in pairs:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(abs(y).max()))
+
+
+def assert_settled(case: Case, again: Any, once: Any) -> None:
+    """What was compressed changes no more, but for a second fit's error."""
+    if not case.refit:
+        assert_near(again, once, case.tolerance)
+        return
+    pairs = zip(
+        *(jax.tree.leaves(jc.materialize(t)) for t in (again, once)), strict=True
+    )
+    for x, y in pairs:
+        assert jnp.square(x - y).sum() <= case.refit * jnp.square(y).sum()

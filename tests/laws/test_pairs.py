@@ -9,8 +9,8 @@ from tests.cases import CASES, PRESETS, Case, methods
 from tests.laws.setting import (
     AXES,
     EVERY,
-    assert_near,
     assert_same,
+    assert_settled,
     weights,
 )
 
@@ -67,7 +67,7 @@ def test_a_later_transform_preserves_an_earlier_constraint(
         result = jc.materialize(transform.compress(params, state))
         assert_same(jc.materialize(transform.view(params, state)), result)
         again = jc.materialize(alone.view(*alone.init(result)))
-        assert_near(again, result, first.tolerance)
+        assert_settled(first, again, result)
     # Nothing but the identity may follow what fixes the value of every weight, no
     # adapters a mask, and no gates gates; only the identity may precede a structure.
     masks = hasattr(jc.prune, first.fn.__name__)

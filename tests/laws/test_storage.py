@@ -13,8 +13,8 @@ import jaxcompress as jc
 from tests.cases import CASES, PRESETS, Case, methods
 from tests.laws.setting import (
     LAYERS,
-    assert_near,
     assert_same,
+    assert_settled,
     cases,
     cases_and_dtypes,
     packed,
@@ -48,7 +48,7 @@ def test_compressing_what_was_compressed_changes_nothing(case: Case) -> None:
     transform = scheme(case.rule())
     twice = transform.compress(*transform.init(jc.materialize(once)))
     assert jax.tree.structure(twice) == jax.tree.structure(once)
-    assert_near(twice, once, case.tolerance)
+    assert_settled(case, twice, once)
 
 
 @cases
