@@ -156,6 +156,7 @@ def kmeans(
     return Transform(start, view, update, compress)
 
 
+@jax.jit
 def assigned(leaf: ClusteredArray) -> jax.Array:
     """``uint8[*stack, *out, 1, K]``: the nearest centroid of each weight."""
     w = leaf.layout.to_storage(leaf.weight)

@@ -158,10 +158,13 @@ def check_maskable(params: Any, *, who: str) -> None:
 
 
 def _has_entries(value: Any) -> bool:
+    """Whether a leaf, or one in it, has entries in place of weights."""
     if not isinstance(value, Leaf):
         return False
     parts = value.components().values()
-    return any(role == CODEBOOK or _has_entries(part) for part, role in parts)
+    roles = {role for _, role in parts}
+    own = CODEBOOK in roles and WEIGHT not in roles
+    return own or any(_has_entries(part) for part, _ in parts)
 
 
 def masked(
