@@ -3,7 +3,8 @@
 `linears` compresses every linear weight to about two bits and nothing else: GPTQ on a
 grid of four levels, and sums of codebook entries (AQLM). `whole` compresses all of the
 model: words by product quantization, linears by GPTQ, other embeddings to 8 bits. Both
-then train biases and norms towards the float model's vectors, without labels.
+then train biases, norms and codebooks towards the float model's vectors, without
+labels.
 
 Spearman correlation x100, and the mean cosine between the compressed and the float
 vectors; the score is the cosine on STS-B dev. Sizes are of whole files, entropy-coded.
@@ -24,7 +25,8 @@ import jax
 
 import jaxcompress as jc
 from experiments import data
-from experiments.embeddings.codebooks_run import TABLE
+from experiments.embeddings.codebooks_run import SIZES, importances, methods
+from experiments.embeddings.table import TABLE
 from experiments.models import minilm
 from experiments.post_training.minilm_run import (
     EMBEDDINGS,
@@ -56,18 +58,11 @@ FOUR_BITS = searched(jc.quant.int4(symmetric=False, group_size=64))
 SUMS = jc.codebook.Codes(dims=8, bits=8, books=2, scale=True, dtype="bfloat16")
 OTHERS = jc.where(EMBEDDINGS, exclude=TABLE)
 WHOLE = {
-    "words 2 bits, linears 4": (4, FOUR_BITS),
-    "words 1 bit, linears 4": (8, FOUR_BITS),
-    "words 1 bit, linears 3": (8, THREE_BITS),
+    "words 2 bits, linears 4": ("2", FOUR_BITS),
+    "words 1 bit, linears 4": ("1", FOUR_BITS),
+    "words 1 bit, linears 3": ("1", THREE_BITS),
 }
-"""Weights a code of 8 bits of the word table, and the format of linears."""
-
-
-def words(dims: int) -> jc.Transform:
-    """Product quantization of the word table, ``8 / dims`` bits a weight."""
-    return jc.codebook.product(
-        dims=dims, bits=8, blocks=None, axes=-1, dtype="bfloat16", key=KEY
-    )
+"""Bits a weight of the word table, and the format of linears."""
 
 
 def main() -> None:
@@ -109,8 +104,12 @@ def main() -> None:
     def sums() -> Any:
         return jc.codebook.aqlm(*inputs, rules={KERNELS: SUMS}, key=KEY, reference=True)
 
-    def whole(dims: int, fmt: Any) -> Any:
-        rules = {TABLE: words(dims), OTHERS: jc.quant.int8(axes=-1)}
+    counted = functools.cache(lambda: importances(model, params, root))
+
+    def whole(bits: str, fmt: Any) -> Any:
+        found = methods(SIZES[bits], counted())
+        words = found["product, a codebook a place, sensitive"]
+        rules = {TABLE: words, OTHERS: jc.quant.int8(axes=-1)}
         return jc.compress(linears(fmt), rules)
 
     if "linears" in options.tables:
@@ -124,8 +123,8 @@ def main() -> None:
                 "linears", f"{name}, tuned", functools.partial(tuned, kept), parts=2
             )
     if "whole" in options.tables:
-        for name, (dims, fmt) in WHOLE.items():
-            kept = functools.cache(functools.partial(whole, dims, fmt))
+        for name, (bits, fmt) in WHOLE.items():
+            kept = functools.cache(functools.partial(whole, bits, fmt))
             table.add("whole", name, kept)
             table.add(
                 "whole",

@@ -3,8 +3,7 @@
 What a method makes of the trained table, and the same after its factors, buckets or
 codebooks, and nothing else, have been trained to give the float model's sentence
 vectors (cosine loss) on the sentences of STS-B train, without labels. Codes of vectors
-stay as `codebooks_run` finds them, with a codebook for each place and frequent tokens
-counted more.
+stay as `codebooks_run` finds them, with a codebook for each place.
 
     python -m experiments.embeddings.tuned_run [--resume] [--methods "rank 192"]
         [--steps 400] [--validate]
@@ -15,70 +14,49 @@ Settings are chosen on STS-B dev (`--validate`).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments import data
-from experiments.embeddings.codebooks_run import (
-    SIZES,
-    TABLE,
-    frequencies,
-    methods,
-    scorer,
-)
-from experiments.models import minilm, sentences
+from experiments.embeddings.codebooks_run import SIZES, importances, methods
+from experiments.embeddings.table import TABLE, lessons, scorer, table, with_table
+from experiments.models import minilm
 from experiments.post_training.report import Report
 
 HERE = Path(__file__).parent
-RATE, BATCH, LONGEST = 5e-4, 64, 24
+RATE = 5e-4
 CODES = {"product, 2 bits": "2", "product, 1 bit": "1"}
 METHODS = ("rank 192", "rank 96", "hashed 2x", "hashed 4x", *CODES)
 
 
-def method(name: str, root: Path | None) -> jc.Transform:
-    """By one of the names above."""
+def start(name: str, model: Any, params: Any, root: Path | None) -> Any:
+    """The params as one of the methods makes them of the trained table."""
     if name in CODES:
-        importance = jnp.asarray(frequencies(root))
-        found = methods(SIZES[CODES[name]], importance)
-        return found["product, a codebook a place, frequent"]
-    kind, size = name.split()
-    if kind == "rank":
-        return jc.lowrank.svd(rank=int(size))
-    return jc.hashing.hashed(ratio=float(size[:-1]), axes=-1)
+        found = methods(SIZES[CODES[name]], importances(model, params, root))
+        method = found["product, a codebook a place, sensitive"]
+    else:
+        kind, size = name.split()
+        if kind == "rank":
+            method = jc.lowrank.svd(rank=int(size))
+        else:
+            method = jc.hashing.hashed(ratio=float(size[:-1]), axes=-1)
+    return jax.jit(jc.select({TABLE: method}).init)(params)[0]
 
 
-def table(params: Any) -> Any:
-    """The word table, or the leaf that stands for it."""
-    return jc.tree.flatten(params)[0][TABLE]
+def trained(apply: Any, params: Any, batches: Sequence[Any], steps: int) -> Any:
+    """The params after some steps of Adam on the table, at a rate that falls to zero.
 
-
-def with_table(params: Any, leaf: Any) -> Any:
-    """The model with another word table."""
-    flat, structure = jc.tree.flatten(params)
-    return jc.tree.unflatten(structure, flat | {TABLE: leaf})
-
-
-def lessons(apply: Any, params: Any, root: Path | None) -> list[tuple[Any, ...]]:
-    """Batches of ids and mask of short sentences, with the float model's vectors."""
-    pairs = data.sts("stsb_train", root)
-    run = jax.jit(apply)
-    return [
-        (ids, mask, np.asarray(run(params, ids, mask)))
-        for _, ids, mask in sentences.batches(
-            sorted({*pairs.first, *pairs.second}), batch_size=BATCH
-        )
-        if ids.shape[1] <= LONGEST
-    ]
-
-
-def trained(apply: Any, params: Any, batches: list[Any], steps: int) -> Any:
-    """The table after some steps of Adam, at a rate that falls to zero."""
+    Args:
+      apply: Of params, ids and mask.
+      params: With a compressed table.
+      batches: Ids, mask and the vectors to be found.
+      steps: How many.
+    """
     tx = optax.adam(optax.cosine_decay_schedule(RATE, steps))
 
     def loss(leaf: Any, ids: jax.Array, mask: jax.Array, target: jax.Array) -> Any:
@@ -96,7 +74,7 @@ def trained(apply: Any, params: Any, batches: list[Any], steps: int) -> Any:
 
     state, order = tx.init(free), np.random.default_rng(0)
     for i in range(steps):
-        batch = batches[order.integers(len(batches))]
+        batch = batches[int(order.integers(len(batches)))]
         free, state, value = step(free, state, *batch)
         if (i + 1) % 50 == 0:
             print(f"  step {i + 1} of {steps}: loss {float(value):.4f}", flush=True)
@@ -131,15 +109,17 @@ def main() -> None:
 
     if ("float", "") not in report:
         add("float", "", params)
-    batches: list[Any] = []
+    teacher = jax.jit(model.apply)
+    batches = [
+        (ids, mask, np.asarray(teacher(params, ids, mask)))
+        for ids, mask in lessons(options.data_dir)
+    ]
     for name in options.methods:
-        scheme = jc.select({TABLE: method(name, options.data_dir)})
-        start = jax.jit(scheme.init)(params)[0]
+        first = start(name, model, params, options.data_dir)
         if (name, "untrained") not in report:
-            add(name, "untrained", start)
+            add(name, "untrained", first)
         if (name, row := f"{options.steps} steps") not in report:
-            batches = batches or lessons(model.apply, params, options.data_dir)
-            add(name, row, trained(apply, start, batches, options.steps))
+            add(name, row, trained(apply, first, batches, options.steps))
 
 
 if __name__ == "__main__":
