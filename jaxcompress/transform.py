@@ -420,6 +420,12 @@ def check_weights(params: Params, *, who: str) -> None:
             check_weight(value, path, who)
 
 
+@jax.jit
+def _count_bad(value: jax.Array) -> jax.Array:
+    """How many entries are NaN or infinite."""
+    return (~jnp.isfinite(value)).sum()
+
+
 def check_weight(value: Any, path: str, who: str) -> None:
     """Refuse one array, as `check_weights` does a tree."""
     dtype = getattr(value, "dtype", None)
@@ -436,9 +442,11 @@ def check_weight(value: Any, path: str, who: str) -> None:
         )
     if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         return
-    with jax.ensure_compile_time_eval():
-        finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
-        bad = int((~finite(value)).sum())
+    if isinstance(value, np.ndarray):
+        bad = int((~np.isfinite(value)).sum())
+    else:
+        with jax.ensure_compile_time_eval():
+            bad = int(_count_bad(value))
     if bad:
         raise ValueError(
             f"{who}: weights must be finite; {path!r} has {bad} NaN or infinite of "
