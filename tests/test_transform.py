@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.transform import Oriented, as_transform, check_weights, stateless
+from jaxcompress.transform import as_transform, stateless
+from jaxcompress.values import Oriented, check_weights
 
 A = jnp.asarray(np.arange(8, dtype=np.float32).reshape(4, 2))
 PARAMS = {"a": A, "b": -A, "bias": jnp.ones(2)}

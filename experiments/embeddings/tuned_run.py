@@ -14,7 +14,8 @@ Settings are chosen on STS-B dev (`--validate`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.embeddings.codebooks_run import SIZES, importances, methods
+from experiments.embeddings.codebooks_run import (
+    SIZES,
+    Importances,
+    importances,
+    methods,
+)
 from experiments.embeddings.table import TABLE, lessons, scorer, table, with_table
 from experiments.models import minilm
 from experiments.post_training.report import Report
@@ -34,10 +40,10 @@ CODES = {"product, 2 bits": "2", "product, 1 bit": "1"}
 METHODS = ("rank 192", "rank 96", "hashed 2x", "hashed 4x", *CODES)
 
 
-def start(name: str, model: Any, params: Any, root: Path | None) -> Any:
+def start(name: str, params: Any, counted: Callable[[], Importances]) -> Any:
     """The params as one of the methods makes them of the trained table."""
     if name in CODES:
-        found = methods(SIZES[CODES[name]], importances(model, params, root))
+        found = methods(SIZES[CODES[name]], counted())
         method = found["product, a codebook a place, sensitive"]
     else:
         kind, size = name.split()
@@ -109,17 +115,19 @@ def main() -> None:
 
     if ("float", "") not in report:
         add("float", "", params)
-    teacher = jax.jit(model.apply)
-    batches = [
-        (ids, mask, np.asarray(teacher(params, ids, mask)))
-        for ids, mask in lessons(options.data_dir)
-    ]
+    root, teacher = options.data_dir, jax.jit(model.apply)
+    counted = functools.cache(lambda: importances(model, params, root))
+    taught = lambda ids, mask: (ids, mask, np.asarray(teacher(params, ids, mask)))
+    batches = functools.cache(lambda: [taught(*batch) for batch in lessons(root)])
     for name in options.methods:
-        first = start(name, model, params, options.data_dir)
+        row = f"{options.steps} steps"
+        if (name, "untrained") in report and (name, row) in report:
+            continue
+        first = start(name, params, counted)
         if (name, "untrained") not in report:
             add(name, "untrained", first)
-        if (name, row := f"{options.steps} steps") not in report:
-            add(name, row, trained(apply, first, batches, options.steps))
+        if (name, row) not in report:
+            add(name, row, trained(apply, first, batches(), options.steps))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ SETTINGS = {
     "labels": {
         (3, 8): Settings(input_dropout=0.2, dropout=0.4),
         (3, 64): Settings(60, 4e-3, input_dropout=0.0, dropout=0.1),
-        (5, 8): Settings(input_dropout=0.2),
+        (5, 8): Settings(input_dropout=0.2, dropout=0.25),
         (5, 64): Settings(input_dropout=0.1, dropout=0.2),
     },
     "teacher": {

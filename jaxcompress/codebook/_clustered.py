@@ -20,8 +20,8 @@ from jaxcompress.leaf import (
     map_value,
     static,
 )
-from jaxcompress.transform import Site, map_values
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Site, map_values
 
 
 @leaf_type

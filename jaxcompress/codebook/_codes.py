@@ -12,7 +12,7 @@ import numpy as np
 from jaxcompress.codebook._array import CodebookArray
 from jaxcompress.layout import Axes, Layout, resolve_axes
 from jaxcompress.leaf import static_type
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -14,14 +14,8 @@ from jaxcompress.codebook._lloyd import cluster, exact_sums
 from jaxcompress.codebook._scalars import cluster_scalars, nearest
 from jaxcompress.layout import Axes, Layout, resolve_axes
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    check_weights,
-    for_values,
-    leaf_key,
-    map_values,
-)
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, check_weights, for_values, leaf_key, map_values
 
 AxesOption = Axes | int | tuple[int, ...] | None
 

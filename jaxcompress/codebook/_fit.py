@@ -14,7 +14,8 @@ from jaxcompress.codebook._array import CodebookArray
 from jaxcompress.codebook._beam import beam_search
 from jaxcompress.codebook._codes import Codes, Laid, lay, output_scale
 from jaxcompress.codebook._lloyd import cluster, toward_means
-from jaxcompress.transform import Site, Transform, identity, leaf_key, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 Importance = Mapping[str, jax.Array]
 """By path, what a squared error in each weight counts for; broadcast to its shape."""

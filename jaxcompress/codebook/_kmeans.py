@@ -19,8 +19,9 @@ from jaxcompress.codebook._scalars import (
 )
 from jaxcompress.layout import Axes, Layout, resolve_axes
 from jaxcompress.leaf import OrderError
-from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
+from jaxcompress.transform import Transform
 from jaxcompress.tree import flatten
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 AxesOption = Axes | int | tuple[int, ...] | None
 

@@ -15,7 +15,8 @@ from jaxcompress.codebook._lattice_array import LatticeArray
 from jaxcompress.leaf import static_type
 from jaxcompress.lift import Statistics
 from jaxcompress.lift._second_moment import check_feedback, factorize, matmul, mean_gram
-from jaxcompress.transform import Site, Transform, identity, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, replace_weights
 
 _STEP = 1.03
 """Root mean square of normal weights, in units of the lattice, of least error."""

@@ -19,7 +19,8 @@ from jaxcompress.layout import Axes
 from jaxcompress.leaf import CODEBOOK, WEIGHT, Leaf, component, leaf_type, static
 from jaxcompress.quant._switched import SwitchedArray, switched_on
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 
 @leaf_type

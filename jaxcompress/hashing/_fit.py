@@ -13,7 +13,7 @@ import numpy as np
 from jaxcompress.hashing._array import HashedArray
 from jaxcompress.hashing._size import ELEMENTS, bucket_count, check_hashing
 from jaxcompress.layout import Layout, resolve_axes
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 from kernels_pallas.hashed_matmul import Hashing, exact_sums, places
 
 

@@ -11,18 +11,9 @@ from jaxcompress.hashing._array import HashedArray
 from jaxcompress.hashing._fit import nearest, without_buckets
 from jaxcompress.hashing._size import bucket_count, check_hashing, common_ratio
 from jaxcompress.leaf import Leaf, OrderError
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    bare,
-    check_weights,
-    identity,
-    leaf_key,
-    map_values,
-    select,
-    values,
-)
+from jaxcompress.transform import Transform, identity, select
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Site, bare, check_weights, leaf_key, map_values, values
 from kernels_pallas.hashed_matmul import Hashing
 
 

@@ -16,15 +16,9 @@ from jaxcompress.hashing._fit import bucket_means, without_buckets
 from jaxcompress.hashing._hashed import root_mean_square
 from jaxcompress.hashing._size import check_hashing, common_ratio, whole_runs
 from jaxcompress.leaf import Leaf, OrderError
-from jaxcompress.transform import (
-    Oriented,
-    Transform,
-    as_transform,
-    bare,
-    check_weights,
-    identity,
-)
+from jaxcompress.transform import Transform, as_transform, identity
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Oriented, bare, check_weights
 from kernels_pallas.hashed_matmul import Hashing, places
 
 

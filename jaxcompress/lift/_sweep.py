@@ -33,7 +33,7 @@ from jaxcompress.lift._trace import Tracer, refuse_closures
 from jaxcompress.lift._tracked import LiftError, Tracked, track
 from jaxcompress.lift._walk import Use
 from jaxcompress.progress import say
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 
 def sweep(

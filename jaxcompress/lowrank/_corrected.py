@@ -11,15 +11,9 @@ from jaxcompress.leaf import Leaf, materialize
 from jaxcompress.lowrank._rank import Rank, check_rank
 from jaxcompress.lowrank._sum import SumArray
 from jaxcompress.lowrank._svd import svd_weight
-from jaxcompress.transform import (
-    Oriented,
-    Transform,
-    as_transform,
-    bare,
-    check_weights,
-    identity,
-)
+from jaxcompress.transform import Transform, as_transform, identity
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Oriented, bare, check_weights
 
 
 def corrected(*, rule: Any, rank: Rank) -> Transform:

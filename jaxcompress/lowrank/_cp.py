@@ -24,7 +24,8 @@ from jaxcompress.lowrank._factors import (
 )
 from jaxcompress.lowrank._matrix import AxesOption
 from jaxcompress.lowrank._window import Kernel, along_channels, channels_last
-from jaxcompress.transform import Site, Transform, identity, leaf_key, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 RIDGE = 1e-7
 """Of the normal equations, relative to their trace."""

@@ -15,7 +15,8 @@ from jaxcompress.lowrank._matrix import AxesOption, Matrix
 from jaxcompress.lowrank._rank import Rank, check_rank
 from jaxcompress.lowrank._svd import svd_weight
 from jaxcompress.straight_through import straight_through
-from jaxcompress.transform import Site, Transform, leaf_key, replace_weights
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 
 def gated(

@@ -13,7 +13,7 @@ from jaxcompress.layout import Axes, resolve_axes
 from jaxcompress.leaf import OrderError
 from jaxcompress.lowrank._array import LowRankArray
 from jaxcompress.lowrank._rank import Rank, RankRule, Size, resolve_rank
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 AxesOption = Axes | int | tuple[int, ...] | None
 

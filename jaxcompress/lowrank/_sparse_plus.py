@@ -20,7 +20,8 @@ from jaxcompress.prune import MaskedArray, lowest
 from jaxcompress.prune import rank as order_of
 from jaxcompress.prune._bitmask import store
 from jaxcompress.prune._pattern import pruned_count
-from jaxcompress.transform import Site, Transform, identity, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, replace_weights
 
 Split = tuple[jax.Array, jax.Array, jax.Array]
 """Two factors, and the mask of what they leave to the sparse part."""

@@ -15,13 +15,8 @@ from jaxcompress.lowrank._matrix import (
     check_factored,
 )
 from jaxcompress.lowrank._rank import Rank, check_rank
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    identity,
-    leaf_key,
-    replace_weights,
-)
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 
 def svd(

@@ -33,7 +33,8 @@ from jaxcompress.lowrank._factors import (
     wide,
 )
 from jaxcompress.lowrank._matrix import AxesOption, Matrix
-from jaxcompress.transform import Site, Transform, identity, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, replace_weights
 
 
 @leaf_type

@@ -30,7 +30,8 @@ from jaxcompress.lowrank._factors import (
 )
 from jaxcompress.lowrank._matrix import AxesOption
 from jaxcompress.lowrank._window import Kernel, along_channels, channels_last
-from jaxcompress.transform import Site, Transform, identity, replace_weights
+from jaxcompress.transform import Transform, identity
+from jaxcompress.values import Site, replace_weights
 
 
 @leaf_type

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.layout import resolve_axes
 from jaxcompress.lowrank._factors import contract
 from jaxcompress.lowrank._matrix import AxesOption
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 
 class Kernel(NamedTuple):

@@ -36,7 +36,7 @@ from jaxcompress.precision._matmul import (
     dot_general,
 )
 from jaxcompress.quant._elements import E4M3, E5M2
-from jaxcompress.transform import Site, leaf_key
+from jaxcompress.values import Site, leaf_key
 
 
 class Rerouted(Leaf):

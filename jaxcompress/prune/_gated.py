@@ -23,8 +23,8 @@ from jaxcompress.leaf import (
 )
 from jaxcompress.prune._bitmask import BitmaskArray, store
 from jaxcompress.prune._masked import MaskedArray
-from jaxcompress.transform import Site, map_values
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Site, map_values
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Of the hard-concrete distribution: its sharpness, and how far it is stretched."""

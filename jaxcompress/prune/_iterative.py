@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxcompress.prune._pattern import Scope, as_pattern
 from jaxcompress.prune._training import AxesOption, PruneState, by_score, check_every
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import Site, Transform, for_values, map_values
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, for_values, map_values
 
 
 def iterative(

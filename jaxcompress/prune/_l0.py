@@ -21,7 +21,8 @@ from jaxcompress.prune._gated import (
 )
 from jaxcompress.prune._masked import check_maskable
 from jaxcompress.prune._training import AxesOption
-from jaxcompress.transform import Site, Transform, leaf_key
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, leaf_key
 
 Structures = Literal["weight", "output", "input"]
 

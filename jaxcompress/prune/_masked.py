@@ -27,8 +27,8 @@ from jaxcompress.leaf import (
     traits,
 )
 from jaxcompress.straight_through import straight_through
-from jaxcompress.transform import check_weights
 from jaxcompress.tree import flatten
+from jaxcompress.values import check_weights
 
 
 @leaf_type

@@ -19,7 +19,8 @@ from jaxcompress.prune._training import (
     masked_training,
 )
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import Site, Transform, for_values, map_values
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, for_values, map_values
 
 
 class Moved(NamedTuple):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxcompress.prune._nm import nm
 from jaxcompress.prune._top_kast import anew
 from jaxcompress.prune._training import AxesOption, PruneState
-from jaxcompress.transform import Site, Transform, map_values
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, map_values
 
 
 def sr_ste(

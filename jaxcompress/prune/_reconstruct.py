@@ -21,7 +21,7 @@ from jaxcompress.prune._allocation import check_sparsity
 from jaxcompress.prune._bitmask import store
 from jaxcompress.prune._masked import MaskedArray
 from jaxcompress.prune._pattern import Pattern
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 AxesOption = Axes | int | tuple[int, ...] | None
 

@@ -25,7 +25,8 @@ from jaxcompress.prune._training import (
     masked_training,
 )
 from jaxcompress.schedules import Schedule, constant
-from jaxcompress.transform import Site, Transform, for_values, leaf_key
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, for_values, leaf_key
 
 Growth = Callable[[Any, PruneState], Callable[[jax.Array, Site], jax.Array]]
 """``(grads, state)`` to a score of weights, ``float32`` >= 0; the highest grow."""

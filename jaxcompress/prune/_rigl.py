@@ -19,7 +19,8 @@ from jaxcompress.prune._training import (
     gradients,
 )
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import Site, Transform, map_values
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, map_values
 
 
 def rigl(

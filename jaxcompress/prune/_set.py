@@ -11,7 +11,8 @@ from jaxcompress.prune._pattern import Pattern, Scope
 from jaxcompress.prune._regrow import regrowing, uniform
 from jaxcompress.prune._training import AxesOption, PruneState
 from jaxcompress.schedules import Schedule
-from jaxcompress.transform import Site, Transform, leaf_key
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, leaf_key
 
 
 def set(

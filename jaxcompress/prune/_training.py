@@ -11,12 +11,8 @@ import jax.numpy as jnp
 from jaxcompress.layout import Axes, resolve_axes
 from jaxcompress.prune._masked import MaskedArray, check_maskable
 from jaxcompress.prune._pattern import ByPath, Pattern
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    for_values,
-    map_values,
-)
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, for_values, map_values
 
 AxesOption = Axes | int | tuple[int, ...] | None
 Score = Callable[[jax.Array, Site], jax.Array]

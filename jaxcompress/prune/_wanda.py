@@ -18,7 +18,7 @@ from jaxcompress.prune._masked import MaskedArray
 from jaxcompress.prune._pattern import Pattern, pruned_count
 from jaxcompress.prune._reconstruct import AxesOption, check_target
 from jaxcompress.prune._threshold import lowest, rank
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 InputScore = Callable[..., jax.Array]
 """``(w, second_moment, *, axes) -> float32`` of `w`'s shape; the lowest are pruned.

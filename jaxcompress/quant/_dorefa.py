@@ -16,7 +16,8 @@ from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._granularity import PerTensor
 from jaxcompress.quant._quantize import encode
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import Site, Transform, stateless
+from jaxcompress.transform import Transform, stateless
+from jaxcompress.values import Site
 
 
 def dorefa(

@@ -19,7 +19,7 @@ from jaxcompress.quant._calibrators import activation_range
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 Base = Callable[..., Leaf]
 """``(w, fmt, stats, *, axes, path) -> leaf``: how the changed weight is quantized."""

@@ -13,13 +13,8 @@ from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
 from jaxcompress.quant._weights import of_leaf, within_range
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    check_weights,
-    for_values,
-    map_values,
-)
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, check_weights, for_values, map_values
 
 
 class FrozenRangesState(NamedTuple):

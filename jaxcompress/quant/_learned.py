@@ -25,14 +25,9 @@ from jaxcompress.quant._trained_activations import (
     on_stack,
     trained_activations,
 )
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    check_weights,
-    identity,
-    map_values,
-)
+from jaxcompress.transform import Transform, identity
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Site, check_weights, map_values
 
 _MINMAX = minmax()
 

@@ -13,14 +13,9 @@ from jaxcompress.quant._corrected import CorrectedArray
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._frame import Frame
 from jaxcompress.quant._quantize import quantize
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    identity,
-    leaf_key,
-    replace_weights,
-)
+from jaxcompress.transform import Transform, identity
 from jaxcompress.tree import flatten, trainable_mask, unflatten
+from jaxcompress.values import Site, leaf_key, replace_weights
 
 
 def lora(

@@ -21,7 +21,7 @@ from jaxcompress.quant._scales import (
     store_scales,
 )
 from jaxcompress.straight_through import straight_through
-from jaxcompress.transform import check_weight
+from jaxcompress.values import check_weight
 
 
 def quantize(

@@ -28,7 +28,7 @@ from jaxcompress.leaf import (
 )
 from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.straight_through import StraightThrough, straight_through
-from jaxcompress.transform import values
+from jaxcompress.values import values
 
 _SMALLEST = 2.0**-60
 

@@ -15,13 +15,8 @@ from jaxcompress.quant._stepped import LaidOver
 from jaxcompress.quant._switched import SwitchedArray, switched_on
 from jaxcompress.schedules import Schedule
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    check_weights,
-    for_values,
-    map_values,
-)
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, check_weights, for_values, map_values
 
 
 def soft_round(x: jax.Array, sharpness: Any) -> jax.Array:

@@ -14,8 +14,9 @@ from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._elements import Integer
 from jaxcompress.quant._ranged import RangedArray, TrainedActivations, usable
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import Oriented, Transform, bare
+from jaxcompress.transform import Transform
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Oriented, bare
 
 Gradient = Literal["lsq", "pact"]
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxcompress.leaf import Leaf, materialize
 from jaxcompress.quant._switched import SwitchedArray, switched_on
-from jaxcompress.transform import Oriented, Transform, as_transform
+from jaxcompress.transform import Transform, as_transform
 from jaxcompress.tree import flatten, unflatten
+from jaxcompress.values import Oriented
 
 
 class DelayedState(NamedTuple):

@@ -13,14 +13,8 @@ from jaxcompress.quant._array import QuantizedArray
 from jaxcompress.quant._format import NumberFormat
 from jaxcompress.quant._quantize import encode
 from jaxcompress.straight_through import StraightThrough
-from jaxcompress.transform import (
-    Site,
-    Transform,
-    check_weights,
-    for_values,
-    leaf_key,
-    map_values,
-)
+from jaxcompress.transform import Transform
+from jaxcompress.values import Site, check_weights, for_values, leaf_key, map_values
 
 
 class WeightsState(NamedTuple):

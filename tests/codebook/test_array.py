@@ -195,6 +195,7 @@ def test_codebooks_may_be_quantized_and_refuse_a_mask() -> None:
     ready = rule.init(leaf)
     with pytest.raises(jc.OrderError, match="not on 16 values that weights share"):
         rule.view(*ready)
-    mask = jc.select({"w": jc.prune.magnitude(sparsity=0.5)})
-    with pytest.raises(jc.OrderError, match="at 'w': weights share the entries"):
-        mask.init(leaf)
+    gates = jc.prune.l0(key=jax.random.key(0), end=0)
+    for mask in (jc.prune.magnitude(sparsity=0.5), gates):
+        with pytest.raises(jc.OrderError, match="at 'w': weights share the entries"):
+            jc.select({"w": mask}).init(leaf)

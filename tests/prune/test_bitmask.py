@@ -16,7 +16,7 @@ from jaxcompress.leaf import Cast, Transpose
 from jaxcompress.prune import BitmaskArray, MaskedArray
 from jaxcompress.prune._bitmask import store
 from jaxcompress.quant import Integer
-from jaxcompress.transform import Oriented
+from jaxcompress.values import Oriented
 from tests.jitted import run
 
 MATRIX, STACK, CONV, VECTOR = (7, 5), (3, 7, 5), (2, 3, 5, 3), (13,)

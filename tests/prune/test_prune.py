@@ -13,7 +13,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.prune import MaskedArray
 from jaxcompress.prune._masked import masked
-from jaxcompress.transform import Oriented
+from jaxcompress.values import Oriented
 
 KEY = jax.random.key(0)
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
-from jaxcompress.transform import Site, leaf_key
+from jaxcompress.values import Site, leaf_key
 from tests.lift.programs import mesh
 from tests.prune.regrowth import dropped, moved
 
