@@ -90,12 +90,12 @@ def main() -> None:
                 packed, stored, error = compressed(params, method)
                 numbers = {"stored": round(stored, 3), "error": round(error, 4)}
                 report.add(bits, name, "", dev(packed), **numbers)
-        if (bits, "chosen") not in report:
-            rows = [r for r in report.rows if r["model"] == bits]
-            best = max(rows, key=lambda r: r["score"])["method"]
+        scores = {r["method"]: r["score"] for r in report.rows if r["model"] == bits}
+        best = max(found, key=scores.__getitem__)
+        if (bits, chosen := f"chosen: {best}") not in report:
             packed, stored, _ = compressed(params, found[best])
             score = {"stored": round(stored, 3), "test": test(packed)}
-            report.add(bits, "chosen", best, dev(packed), **score)
+            report.add(bits, chosen, "", dev(packed), **score)
 
 
 if __name__ == "__main__":
