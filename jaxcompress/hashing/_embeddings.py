@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxcompress.leaf import GATE, WEIGHT, Leaf, component, leaf_type, map_value
 from kernels_pallas.hashing import bucket, xxhash32
 
 Combine = Literal["multiply", "add", "concatenate"]
+COMBINES: tuple[Combine, ...] = get_args(Combine)
 
 
 class _Table(Leaf):
@@ -253,7 +254,8 @@ def compositional_embedding(
       of its words alone.
 
     Raises:
-      ValueError: If a size is not positive, or two words would be the same.
+      ValueError: If a size is not positive, `combine` is another word, or two words
+        would be the same.
 
     Examples:
       >>> compositional_embedding(1000, 8, rows=(10, 10, 10), key=jax.random.key(0))
@@ -265,7 +267,10 @@ def compositional_embedding(
       quotient-remainder partitions.
     """
     who = "compositional_embedding"
-    _check_sizes(who, words=words, width=width, tables=len(rows), rows=min(rows))
+    _check_sizes(who, words=words, width=width, tables=len(rows))
+    _check_sizes(who, rows=min(rows))
+    if combine not in COMBINES:
+        raise ValueError(f"{who}: combine must be one of {COMBINES}; got {combine!r}.")
     if math.prod(rows) < words:
         raise ValueError(
             f"{who}: the tables' rows must combine to {words} words; "

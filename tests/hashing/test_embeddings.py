@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,18 @@ def test_hashed_features_are_signed_sums_and_keep_inner_products() -> None:
             "multiple of the 2 tables",
             lambda: h.compositional_embedding(
                 9, 5, rows=(3, 3), combine="concatenate", key=KEY
+            ),
+        ),
+        (
+            ValueError,
+            "tables must be positive; got 0",
+            lambda: h.compositional_embedding(9, 4, rows=(), key=KEY),
+        ),
+        (
+            ValueError,
+            "combine must be one of .* got 'product'",
+            lambda: h.compositional_embedding(
+                9, 4, rows=(3, 3), combine=cast("Any", "product"), key=KEY
             ),
         ),
         (TypeError, "int32 or uint32", lambda: h.hash_features(jnp.ones(2), size=4)),
