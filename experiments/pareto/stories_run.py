@@ -48,8 +48,10 @@ SCALARS += [(2, 32)]
 """Bits, and inputs that share a scale; all of an output's without."""
 CODES = {
     "4 bits, scalars": Codes(dims=1, bits=4),
+    "4 bits, scalars, 2 codebooks": Codes(dims=1, bits=4, blocks=2),
     "4 bits, sums of 2, d2": Codes(dims=2, bits=4, books=2),
     "3 bits, scalars": Codes(dims=1, bits=3),
+    "3 bits, scalars, 4 codebooks": Codes(dims=1, bits=3, blocks=4),
     "3 bits, pairs": Codes(dims=2, bits=6),
     "3 bits, sums of 2, d2": Codes(dims=2, bits=3, books=2),
     "2 bits, scalars": Codes(dims=1, bits=2),
