@@ -49,6 +49,7 @@ SCALARS += [(2, 32)]
 CODES = {
     "4 bits, scalars": Codes(dims=1, bits=4),
     "4 bits, scalars, 2 codebooks": Codes(dims=1, bits=4, blocks=2),
+    "4 bits, scalars, 4 codebooks": Codes(dims=1, bits=4, blocks=4),
     "4 bits, sums of 2, d2": Codes(dims=2, bits=4, books=2),
     "3 bits, scalars": Codes(dims=1, bits=3),
     "3 bits, scalars, 4 codebooks": Codes(dims=1, bits=3, blocks=4),
