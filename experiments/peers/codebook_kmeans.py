@@ -80,7 +80,7 @@ def main() -> None:
     versions = {n: importlib.metadata.version(n) for n in names}
     rows: list[dict[str, Any]] = []
     for entries in options.entries:
-        inits = ("density", "kmeans++", "optimal")
+        inits = ("density", "kmeans++")
         runs = {f"ours, {init}": ours(entries, init) for init in inits}
         for name, run in {**runs, "scikit-learn": theirs(entries)}.items():
             if name != "scikit-learn":
